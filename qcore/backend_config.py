@@ -1,0 +1,234 @@
+"""BackendConfig: what a piece of hardware can do. The capability, as plain data.
+
+A :class:`BackendConfig` lists :class:`BackendPatternConfig`: an operator, or a chain of operators that the hardware
+computes as one, with the :class:`DTypeConfig` that it accepts. Operators may be written as a module class, a function
+or a method name; qcore reads all forms of one operator as the same (``nn.ReLU``, ``F.relu``, ``"relu"``).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self
+
+import torch
+from torch import fx
+
+from qcore.dtypes import QScheme, canonical_dtype, canonical_qscheme
+from qcore.errors import ConfigError, NotSupportedError
+
+#: One operator (module class, function, method name), or a chain of them in the order of execution.
+Pattern = Any
+
+
+class ObservationType(Enum):
+    """How an operator's output is quantized relative to its input."""
+
+    OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT = 0
+    OUTPUT_SHARE_OBSERVER_WITH_INPUT = 1
+    INPUT_OUTPUT_NOT_OBSERVED = 2
+
+
+@dataclass(frozen=True)
+class DTypeWithConstraints:
+    """A dtype, and what a kernel demands of the qparams.
+
+    Args:
+        dtype: ``None`` accepts any.
+        quant_min_lower_bound: the smallest integer must not lie below.
+        quant_max_upper_bound: the largest integer must not lie above.
+        scale_min_lower_bound: the scale must not lie below; compared with the observer's ``eps``.
+        scale_max_upper_bound: the scale must not lie above.
+        scale_exact_match: the scale must be just this (fixed qparams).
+        zero_point_exact_match: the zero point must be just this.
+        qschemes: the schemes that the kernel takes; ``None`` accepts any.
+        ch_axis: the channel axis that a per-channel scheme must use.
+    """
+
+    dtype: torch.dtype | None = None
+    quant_min_lower_bound: int | float | None = None
+    quant_max_upper_bound: int | float | None = None
+    scale_min_lower_bound: int | float | None = None
+    scale_max_upper_bound: int | float | None = None
+    scale_exact_match: float | None = None
+    zero_point_exact_match: int | None = None
+    qschemes: tuple[QScheme, ...] | None = None
+    ch_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
+        if self.qschemes is not None:
+            object.__setattr__(self, "qschemes", tuple(canonical_qscheme(scheme) for scheme in self.qschemes))
+
+
+@dataclass(frozen=True)
+class DTypeConfig:
+    """One combination of dtypes that a pattern accepts; ``None`` accepts any.
+
+    Args:
+        input_dtype: of the activations that go in.
+        output_dtype: of the activation that comes out.
+        weight_dtype: of the weight.
+        bias_dtype: of the bias.
+        is_dynamic: whether the input's range is taken at run time.
+    """
+
+    input_dtype: torch.dtype | DTypeWithConstraints | None = None
+    output_dtype: torch.dtype | DTypeWithConstraints | None = None
+    weight_dtype: torch.dtype | DTypeWithConstraints | None = None
+    bias_dtype: torch.dtype | None = None
+    is_dynamic: bool | None = None
+
+    @property
+    def input_constraints(self) -> DTypeWithConstraints:
+        """The input's dtype and constraints."""
+        return _with_constraints(self.input_dtype)
+
+    @property
+    def output_constraints(self) -> DTypeWithConstraints:
+        """The output's dtype and constraints."""
+        return _with_constraints(self.output_dtype)
+
+    @property
+    def weight_constraints(self) -> DTypeWithConstraints:
+        """The weight's dtype and constraints."""
+        return _with_constraints(self.weight_dtype)
+
+
+def _with_constraints(dtype: torch.dtype | DTypeWithConstraints | None) -> DTypeWithConstraints:
+    return dtype if isinstance(dtype, DTypeWithConstraints) else DTypeWithConstraints(dtype)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A named test that narrows a pattern to some of its calls, such as depthwise convolutions.
+
+    Args:
+        name: as ``explain`` prints it.
+        test: gets the node of the pattern's first operator, in normal form (see ``qcore.fx.operators``), whose
+            ``meta["example"]`` tells the shape of every value.
+    """
+
+    name: str
+    test: Callable[[fx.Node], bool]
+
+
+class BackendPatternConfig:
+    """What a backend accepts for one pattern. Every setter returns the config.
+
+    Args:
+        pattern: an operator, or a tuple of operators in the order of execution; in a chain, every operator reads the
+            one before it, and nothing else does.
+    """
+
+    def __init__(self, pattern: Pattern | None = None) -> None:
+        self.pattern = pattern
+        self.observation_type = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
+        self.dtype_configs: list[DTypeConfig] = []
+        self.condition: Condition | None = None
+
+    def set_pattern(self, pattern: Pattern) -> Self:
+        """The operator, or the chain of operators."""
+        self.pattern = pattern
+        return self
+
+    def set_observation_type(self, observation_type: ObservationType) -> Self:
+        """How the output is quantized relative to the input."""
+        self.observation_type = observation_type
+        return self
+
+    def add_dtype_config(self, dtype_config: DTypeConfig) -> Self:
+        """One more accepted combination; the first that accepts a qconfig is used."""
+        self.dtype_configs.append(dtype_config)
+        return self
+
+    def set_dtype_configs(self, dtype_configs: Iterable[DTypeConfig]) -> Self:
+        """All accepted combinations."""
+        self.dtype_configs = list(dtype_configs)
+        return self
+
+    def set_condition(self, condition: Condition) -> Self:
+        """Narrow the pattern; among configs of one pattern, those with a condition are tried first."""
+        self.condition = condition
+        return self
+
+    def set_root_module(self, root_module: type[torch.nn.Module]) -> Self:
+        """Not needed: qcore finds the weighted operator of a chain by itself."""
+        raise _no_module_swap("set_root_module")
+
+    def set_qat_module(self, qat_module: type[torch.nn.Module]) -> Self:
+        """Not needed: qcore swaps no modules."""
+        raise _no_module_swap("set_qat_module")
+
+    def set_reference_quantized_module(self, reference_quantized_module: type[torch.nn.Module]) -> Self:
+        """Not needed: qcore swaps no modules."""
+        raise _no_module_swap("set_reference_quantized_module")
+
+    def set_fused_module(self, fused_module: type[torch.nn.Module]) -> Self:
+        """Not needed: qcore swaps no modules."""
+        raise _no_module_swap("set_fused_module")
+
+    def set_fuser_method(self, fuser_method: Callable[..., torch.nn.Module]) -> Self:
+        """Not needed: a backend gives its rewrites through the ``qcore_fusion_patterns`` hook."""
+        raise _no_module_swap("set_fuser_method")
+
+    def __repr__(self) -> str:
+        condition = f", condition={self.condition.name}" if self.condition else ""
+        return f"BackendPatternConfig({self.pattern!r}{condition}, {len(self.dtype_configs)} dtype configs)"
+
+
+def _no_module_swap(setter: str) -> NotSupportedError:
+    return NotSupportedError(
+        f"BackendPatternConfig.{setter}: qcore works on operators and swaps no modules. Leave the line out; give a "
+        "chain as a tuple pattern, a rewrite through the hook qcore_fusion_patterns and kernels through qcore_lower"
+    )
+
+
+class BackendConfig:
+    """All patterns that a backend accepts. Every setter returns the config.
+
+    Args:
+        name: for messages.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self._configs: dict[tuple[Any, str], BackendPatternConfig] = {}
+
+    def set_name(self, name: str) -> Self:
+        """The name, for messages."""
+        self.name = name
+        return self
+
+    def set_backend_pattern_config(self, config: BackendPatternConfig) -> Self:
+        """Add a pattern; it replaces one of the same pattern and condition.
+
+        Raises:
+            ConfigError: the config has no pattern, or accepts nothing.
+        """
+        if not isinstance(config, BackendPatternConfig):
+            raise ConfigError(
+                f"BackendConfig {self.name!r}: expected a qcore BackendPatternConfig, found {config!r}"
+            )
+        if config.pattern is None:
+            raise ConfigError(f"BackendConfig {self.name!r}: a BackendPatternConfig without a pattern; call set_pattern")
+        if not config.dtype_configs:
+            raise ConfigError(
+                f"BackendConfig {self.name!r}: {config.pattern!r} accepts no dtypes; call add_dtype_config"
+            )
+        self._configs[(config.pattern, config.condition.name if config.condition else "")] = config
+        return self
+
+    def set_backend_pattern_configs(self, configs: Iterable[BackendPatternConfig]) -> Self:
+        """Add several patterns."""
+        for config in configs:
+            self.set_backend_pattern_config(config)
+        return self
+
+    @property
+    def configs(self) -> list[BackendPatternConfig]:
+        """The patterns, in the order in which they were added."""
+        return list(self._configs.values())
+
+    def __repr__(self) -> str:
+        return f"BackendConfig({self.name!r}, {len(self._configs)} patterns)"

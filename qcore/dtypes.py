@@ -1,0 +1,88 @@
+"""Integer dtypes and quantization schemes, as plain data.
+
+qcore computes on plain ``uint8``/``int8``/``int32`` tensors. Existing code says ``torch.quint8`` and
+``torch.per_tensor_affine``, which torch has deprecated; both are accepted wherever a dtype or a scheme is asked for
+and are read by their name, so that this file still imports when torch has deleted them.
+"""
+
+from enum import Enum
+
+import torch
+
+from qcore.errors import ConfigError
+
+_QUANTIZED_DTYPE_NAMES = {
+    "torch.quint8": torch.uint8,
+    "torch.qint8": torch.int8,
+    "torch.qint32": torch.int32,
+}
+
+_SHORT_NAMES = {torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16", torch.int32: "int32"}
+
+
+class QScheme(Enum):
+    """How real values map to integers; the members carry torch's names."""
+
+    per_tensor_affine = "per_tensor_affine"
+    per_tensor_symmetric = "per_tensor_symmetric"
+    per_channel_affine = "per_channel_affine"
+    per_channel_symmetric = "per_channel_symmetric"
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each channel has a scale of its own."""
+        return self.value.startswith("per_channel")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is fixed in the middle of the range."""
+        return self.value.endswith("symmetric")
+
+
+def canonical_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The plain dtype that holds the same integers (``torch.quint8`` becomes ``torch.uint8``).
+
+    Args:
+        dtype: any torch dtype.
+
+    Raises:
+        ConfigError: ``dtype`` isn't a torch dtype, or is a quantized one that qcore doesn't know.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"expected a torch.dtype such as torch.uint8 or torch.int8, found {dtype!r}")
+    known = _QUANTIZED_DTYPE_NAMES.get(str(dtype))
+    if known is not None:
+        return known
+    if str(dtype).startswith(("torch.quint", "torch.qint")):
+        raise ConfigError(f"{dtype} isn't supported; use one of torch.uint8, torch.int8, torch.int32")
+    return dtype
+
+
+def canonical_qscheme(qscheme: object) -> QScheme:
+    """``torch.per_tensor_affine`` and its relatives, or a :class:`QScheme`, as a :class:`QScheme`.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(qscheme, QScheme):
+        return qscheme
+    name = str(qscheme).removeprefix("torch.")
+    if name in QScheme.__members__:
+        return QScheme[name]
+    raise ConfigError(f"expected a qscheme, one of {', '.join(QScheme.__members__)}; found {qscheme!r}")
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` is one that quantized values are stored in."""
+    return dtype in _SHORT_NAMES
+
+
+def dtype_range(dtype: torch.dtype) -> tuple[int, int]:
+    """The smallest and the largest integer of ``dtype``."""
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """``dtype`` as a reader wants it: ``uint8`` rather than ``torch.uint8``."""
+    return "any" if dtype is None else _SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))

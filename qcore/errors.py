@@ -1,0 +1,129 @@
+"""The errors that qcore raises, and the warnings that it gives.
+
+    QcoreError
+    ├── ConfigError (ValueError)          a request that can't be honoured; lists every problem at once
+    ├── UnsupportedQConfigError           on_unsupported="error": a qconfig that the backend doesn't accept
+    ├── NotSupportedError                 an argument that qcore knows and doesn't implement (yet)
+    ├── ModelError
+    │   ├── TrainingModeError             post-training quantization of a model in training mode
+    │   ├── ExampleInputsError            the model doesn't run on the example inputs
+    │   └── TraceError                    the model can't be traced; names the submodule and the source line
+    ├── CalibrationError                  an observer that saw no data
+    ├── BackendError
+    │   ├── BackendNotFoundError          no installed plugin has that name
+    │   ├── PluginError                   a plugin is installed and fails to import or to register
+    │   └── BackendUnavailableError       the plugin works, this machine lacks what it needs
+    └── LoweringError                     a backend returned something that can't run
+
+    QcoreWarning (UserWarning)
+    ├── UnsupportedQConfigWarning         on_unsupported="warn": what stays float, and why
+    └── CalibrationWarning                NaN or infinity reached an observer
+
+Each message says what was asked, what was found and what to do next.
+"""
+
+from collections.abc import Sequence
+
+
+class QcoreError(Exception):
+    """Base of every error that qcore raises on purpose."""
+
+
+class ConfigError(QcoreError, ValueError):
+    """A configuration that can't be honoured.
+
+    Attributes:
+        problems: one sentence for each fault; all of them, not only the first.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            super().__init__(f"{len(self.problems)} problems in the configuration:\n{lines}")
+
+
+class UnsupportedQConfigError(ConfigError):
+    """A qconfig that no dtype config of the backend accepts, with ``on_unsupported="error"``."""
+
+
+class NotSupportedError(QcoreError, NotImplementedError):
+    """An argument that has a meaning and that this version of qcore doesn't implement."""
+
+
+class ModelError(QcoreError):
+    """The model itself stands in the way."""
+
+
+class TrainingModeError(ModelError):
+    """Post-training quantization was asked for a model in training mode."""
+
+
+class ExampleInputsError(ModelError):
+    """The model doesn't run on the example inputs; the model's own error is chained."""
+
+
+class TraceError(ModelError):
+    """The model can't be traced.
+
+    Attributes:
+        module_path: path of the submodule whose forward failed (``""`` is the model itself).
+        location: ``file:line`` of the user's code that failed, or ``None``.
+    """
+
+    def __init__(self, message: str, module_path: str, location: str | None) -> None:
+        super().__init__(message)
+        self.module_path = module_path
+        self.location = location
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str | None]]:
+        return type(self), (str(self), self.module_path, self.location)
+
+
+class CalibrationError(QcoreError):
+    """Observers that saw no data.
+
+    Attributes:
+        observers: their names in the prepared model.
+    """
+
+    def __init__(self, message: str, observers: Sequence[str]) -> None:
+        super().__init__(message)
+        self.observers = tuple(observers)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.observers)
+
+
+class BackendError(QcoreError):
+    """Something about a backend or its plugin."""
+
+
+class BackendNotFoundError(BackendError, LookupError):
+    """No installed distribution provides a backend of that name."""
+
+
+class PluginError(BackendError):
+    """A plugin is installed and can't be used; the cause is chained."""
+
+
+class BackendUnavailableError(BackendError):
+    """The plugin is sound, but this machine lacks what its kernels need."""
+
+
+class LoweringError(BackendError):
+    """A backend's lowering returned something that can't run."""
+
+
+class QcoreWarning(UserWarning):
+    """Base of the warnings that qcore gives."""
+
+
+class UnsupportedQConfigWarning(QcoreWarning):
+    """A qconfig that no dtype config of the backend accepts: the operator stays float."""
+
+
+class CalibrationWarning(QcoreWarning):
+    """NaN or infinity reached an observer during calibration."""

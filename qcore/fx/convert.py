@@ -1,0 +1,246 @@
+"""The pass from a calibrated model to a reference model: float operators between quantize and dequantize.
+
+The reference model runs anywhere and defines what a backend's kernels must compute. It works on plain integer tensors;
+weights are stored as integers. The prepared model is left as it was.
+"""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcore import ops
+from qcore.errors import CalibrationError, CalibrationWarning, ConfigError
+from qcore.fx.graph_module import Preparation, QGraphModule, get_attribute, set_tensor
+from qcore.fx.observe import make_observer, observer_nodes
+from qcore.fx.operators import operator_of
+from qcore.observer import ObserverBase
+from qcore.quantization_plan import QuantizationPlan, QuantizedTensor, WeightQuantization
+
+
+def convert_to_reference(
+    prepared: QGraphModule, preparation: Preparation, kernels: dict[type[ObserverBase], type[ObserverBase]]
+) -> QGraphModule:
+    """Replace every observer by quantize and dequantize, and every planned weight by integers.
+
+    Args:
+        prepared: after calibration; it isn't changed.
+        preparation: what ``prepare_fx`` settled.
+        kernels: the backend's implementations of observers, for the weights.
+
+    Raises:
+        CalibrationError: some observers saw no data; names them.
+        ConfigError: a weight holds NaN or infinity, or a scale is larger than a kernel takes.
+    """
+    plan = preparation.plan
+    observers = {number: _observer(prepared, name) for number, name in plan.observers.items()}
+    _check_calibration(observers, plan)
+    return _Conversion(prepared, preparation, observers, kernels).run()
+
+
+def _observer(prepared: QGraphModule, name: str) -> ObserverBase:
+    observer = prepared.get_submodule(name)
+    assert isinstance(observer, ObserverBase), f"{name} is {type(observer).__name__}"
+    return observer
+
+
+def _check_calibration(observers: dict[int, ObserverBase], plan: QuantizationPlan) -> None:
+    empty = [plan.observers[number] for number, observer in observers.items() if not observer.has_data]
+    if empty:
+        watched = {o.tensor: o.value for o in reversed(plan.observations)}
+        values = {name: watched[number] for number, name in plan.observers.items()}
+        listed = ", ".join(f"{name} (output of {values[name]})" for name in empty[:5])
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise CalibrationError(
+            f"{len(empty)} of {len(observers)} observers saw no data: {listed}{more}. Run the prepared model on "
+            "representative inputs before convert_fx: with torch.no_grad(): prepared(batch)",
+            empty,
+        )
+
+
+class _Conversion:
+    def __init__(
+        self,
+        prepared: QGraphModule,
+        preparation: Preparation,
+        observers: dict[int, ObserverBase],
+        kernels: dict[type[ObserverBase], type[ObserverBase]],
+    ) -> None:
+        self.prepared = prepared
+        self.preparation = preparation
+        self.plan = preparation.plan
+        self.observers = observers
+        self.kernels = kernels
+        self.graph = copy.deepcopy(prepared.graph)
+        self.root = nn.Module()
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.qparam_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self.weight_nodes: dict[tuple[str, int], fx.Node] = {}
+        self.qparams = {number: observer.calculate_qparams() for number, observer in observers.items()}
+        self.notes: list[str] = []
+
+    def run(self) -> QGraphModule:
+        self.report_nonfinite()
+        for weight in self.plan.weights:
+            self.quantize_weight(weight)
+        for node, number in observer_nodes(self.prepared, self.plan):
+            self.replace_observer(self.nodes[node.name], number)
+        for name, number in self.plan.shared.items():
+            node = self.nodes[name]
+            with self.graph.inserting_after(node):
+                marker = self.graph.create_node("call_function", torch.detach, (node,))
+            node.replace_all_uses_with(marker, delete_user_cb=lambda user, marker=marker: user is not marker)
+            self.replace_observer(marker, number)
+        for name in self.plan.absorbed:
+            clamp = self.nodes[name]
+            clamp.replace_all_uses_with(clamp.all_input_nodes[0])
+            self.graph.erase_node(clamp)
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.take_attributes()
+        plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
+        module = QGraphModule(self.root, self.graph)
+        module.train(self.prepared.training)
+        for name in self.preparation.preserved:
+            setattr(module, name, copy.deepcopy(getattr(self.prepared, name)))
+        return module.with_preparation(self.preparation.at("reference", plan))
+
+    def report_nonfinite(self) -> None:
+        for number, observer in self.observers.items():
+            if observer.nonfinite_count:
+                self.notes.append(
+                    f"{self.plan.observers[number]} met {observer.nonfinite_count} NaN or infinite values in calibration"
+                )
+        if self.notes:
+            listed = "\n".join(f"  - {note}" for note in self.notes)
+            warnings.warn(
+                f"calibration data led to values that aren't finite; they were left out of the ranges:\n{listed}",
+                CalibrationWarning,
+                stacklevel=4,
+            )
+
+    def qparams_of(self, number: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """``get_attr`` nodes of a scale and a zero point; the same two for all who use them."""
+        if number not in self.qparam_nodes:
+            name = self.plan.observers[number]
+            scale, zero_point = self.qparams[number]
+            self.root.register_buffer(f"{name}_scale", scale.detach().clone())
+            self.root.register_buffer(f"{name}_zero_point", zero_point.detach().clone())
+            with self.graph.inserting_before(before):
+                self.qparam_nodes[number] = (
+                    self.graph.create_node("get_attr", f"{name}_scale"),
+                    self.graph.create_node("get_attr", f"{name}_zero_point"),
+                )
+        return self.qparam_nodes[number]
+
+    def replace_observer(self, node: fx.Node, number: int) -> None:
+        """Put quantize and dequantize in the place of ``node``, which hands its input through."""
+        value = node.all_input_nodes[0]
+        scale, zero_point = self.qparams_of(number, node)
+        tensor = self.plan.tensors[number]
+        low, high = self.bounds(value.name, number, tensor)
+        with self.graph.inserting_before(node):
+            quantized = self.graph.call_function(
+                ops.quantize_per_tensor, (value, scale, zero_point, low, high, tensor.traits.dtype)
+            )
+            result = self.graph.call_function(ops.dequantize_per_tensor, (quantized, scale, zero_point))
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+
+    def bounds(self, value: str, number: int, tensor: QuantizedTensor) -> tuple[int, int]:
+        """The integers that a quantize may give: the tensor's range, cut by the clamps that it stands for.
+
+        Rounding is monotone, so to clamp and then quantize is to quantize and then clamp between the bounds' integers.
+        """
+        low, high = tensor.quant_min, tensor.quant_max
+        scale, zero_point = self.qparams[number]
+        for name, result in self.plan.absorbed.items() if value in self.plan.absorbed else ():
+            if result != value:
+                continue
+            for position in (1, 2):
+                bound = self.nodes[name].args[position]
+                if bound is None:
+                    continue
+                cut = int(ops.quantize_per_tensor(
+                    torch.tensor(float(bound)), scale, zero_point, tensor.quant_min, tensor.quant_max, torch.int32  # type: ignore[arg-type]
+                ))  # fmt: skip
+                low, high = (max(low, cut), high) if position == 1 else (low, min(high, cut))
+        return low, high
+
+    def quantize_weight(self, planned: WeightQuantization) -> None:
+        node = self.nodes[planned.node]
+        op = operator_of(node)
+        assert op is not None and op.weight is not None
+        source = node.args[op.weight]
+        assert isinstance(source, fx.Node)
+        key = (str(source.target), id(planned.tensor.constructor))
+        if key not in self.weight_nodes:
+            self.weight_nodes[key] = self.integer_weight(source, planned.tensor)
+        args = list(node.args)
+        args[op.weight] = self.weight_nodes[key]
+        node.args = tuple(args)
+
+    def integer_weight(self, source: fx.Node, tensor: QuantizedTensor) -> fx.Node:
+        """Store a weight as integers and return the node that dequantizes it."""
+        target = str(source.target)
+        weight: Tensor = get_attribute(self.prepared, target).detach()
+        observer = make_observer(tensor, self.kernels)
+        observer(weight)
+        if observer.nonfinite_count or not observer.has_data:
+            raise ConfigError(f"the weight {target} holds NaN or infinity; it can't be quantized")
+        scale, zero_point = observer.calculate_qparams()
+        per_channel = observer.qscheme.per_channel
+        axis = (int(getattr(observer, "ch_axis", 0)),) if per_channel else ()
+        quantize = ops.quantize_per_channel if per_channel else ops.quantize_per_tensor
+        dequantize = ops.dequantize_per_channel if per_channel else ops.dequantize_per_tensor
+        integers = quantize(
+            weight, scale, zero_point, *axis, observer.quant_min, observer.quant_max, observer.dtype
+        )
+        stem = target
+        number = 0
+        while _has(self.root, stem) or (number == 0 and self.is_read_as_float(source)):
+            number += 1
+            stem = f"{target}_int{number}"
+        set_tensor(self.root, stem, integers)
+        set_tensor(self.root, f"{stem}_scale", scale)
+        set_tensor(self.root, f"{stem}_zero_point", zero_point)
+        with self.graph.inserting_before(source):
+            attributes = [
+                self.graph.create_node("get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
+            ]
+            return self.graph.call_function(dequantize, (*attributes, *axis))
+
+    def is_read_as_float(self, source: fx.Node) -> bool:
+        planned = {weight.node for weight in self.plan.weights}
+        return any(user.name not in planned for user in source.users)
+
+    def take_attributes(self) -> None:
+        """Copy what the graph still reads from the prepared model."""
+        memo: dict[int, object] = {}
+        for node in self.graph.nodes:
+            if node.op not in ("get_attr", "call_module") or _has(self.root, str(node.target)):
+                continue
+            value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), memo)
+            if isinstance(value, torch.Tensor):
+                set_tensor(self.root, str(node.target), value)
+            else:
+                _add_module(self.root, str(node.target), value)
+
+
+def _has(root: nn.Module, target: str) -> bool:
+    try:
+        get_attribute(root, target)
+    except AttributeError:
+        return False
+    return True
+
+
+def _add_module(root: nn.Module, target: str, value: nn.Module) -> None:
+    owner_path, _, name = target.rpartition(".")
+    owner = root
+    for step in owner_path.split(".") if owner_path else ():
+        if step not in owner._modules:
+            owner.add_module(step, nn.Module())
+        owner = owner.get_submodule(step)
+    owner.add_module(name, value)

@@ -1,0 +1,152 @@
+"""The second pass: rewrites that make fewer operators of several, exactly. The patterns come from the backend.
+
+A :class:`FusionPattern` is data: a chain of operators and the function that rewrites it. Folding a batch norm into the
+convolution or linear before it is the one that every backend shares.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcore.backend_config import Pattern
+from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.match import only_reader
+from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of, pattern_keys
+
+
+@dataclass(frozen=True)
+class FusionPattern:
+    """A chain of operators, and how to make fewer of them.
+
+    Attributes:
+        pattern: an operator, or a tuple of operators, each the only reader of the one before it.
+        rewrite: gets the module and the chain's nodes; changes the module's graph and tensors so that it computes the
+            same, and returns whether it did (``False`` leaves the chain as it was).
+    """
+
+    pattern: Pattern
+    rewrite: Callable[[QGraphModule, Sequence[fx.Node]], bool]
+
+
+def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModule:
+    """Apply every pattern wherever it fits, longest first, in one walk; changes and returns ``module``.
+
+    Args:
+        module: in normal form; it must be one of qcore's own copies.
+        patterns: of the backend.
+    """
+    by_anchor: dict[object, list[tuple[tuple[object, ...], FusionPattern]]] = {}
+    for pattern in patterns:
+        keys = pattern_keys(pattern.pattern)
+        by_anchor.setdefault(keys[0], []).append((keys, pattern))
+    for candidates in by_anchor.values():
+        candidates.sort(key=lambda item: -len(item[0]))
+    module_types: dict[str, type[nn.Module]] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":
+            module_types[str(node.target)] = type(module.get_submodule(str(node.target)))
+        for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
+            chain = _chain(node, keys, module_types)
+            if chain is not None and pattern.rewrite(module, chain):
+                break
+    return module
+
+
+def _chain(
+    node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]
+) -> list[fx.Node] | None:
+    chain = [node]
+    for key in keys[1:]:
+        reader = only_reader(chain[-1])
+        if reader is None or anchor_key(reader, module_types) != key:
+            return None
+        chain.append(reader)
+    return chain
+
+
+def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
+    """Fold an evaluation-mode batch norm into the weight and bias of the operator before it.
+
+    The arithmetic and its order are those of ``torch.nn.utils.fusion.fuse_conv_bn_weights``, so that the folded weights
+    are the same to the last bit.
+    """
+    weighted, norm = chain
+    op = operator_of(weighted)
+    assert op is not None and op.weight is not None and op.bias is not None
+    training = norm.args[5]
+    parameters = [weighted.args[op.weight], weighted.args[op.bias], *norm.args[1:5]]
+    present = [value for value in parameters if value is not None]
+    if training or not all(isinstance(value, fx.Node) and value.op == "get_attr" for value in present):
+        return False
+    values = [None if v is None else get_attribute(module, str(v.target)) for v in parameters]  # type: ignore[union-attr]
+    weight, bias, mean, var, gamma, beta = values
+    if mean is None or var is None:
+        return False
+    rsqrt = torch.rsqrt(var + norm.args[7])
+    gamma = torch.ones_like(mean) if gamma is None else gamma
+    beta = torch.zeros_like(mean) if beta is None else beta
+    bias = torch.zeros_like(mean) if bias is None else bias
+    groups = int(weighted.args[6]) if op in CONV_TRANSPOSE else 1  # type: ignore[arg-type]
+    with torch.no_grad():
+        folded_weight = weight * _per_output_channel(gamma * rsqrt, weight, op in CONV_TRANSPOSE, groups)
+        folded_bias = (bias - mean) * rsqrt * gamma + beta
+    weight_node = parameters[0]
+    assert isinstance(weight_node, fx.Node)
+    new_weight = _replaced(module, weighted, weight_node, str(weight_node.target), folded_weight)
+    owner = str(weight_node.target).rpartition(".")[0]
+    bias_node = parameters[1]
+    bias_target = str(bias_node.target) if isinstance(bias_node, fx.Node) else f"{owner}.bias" if owner else "bias"
+    new_bias = _replaced(module, weighted, bias_node, bias_target, folded_bias)
+    args = list(weighted.args)
+    args[op.weight], args[op.bias] = new_weight, new_bias
+    weighted.args = tuple(args)
+    norm.replace_all_uses_with(weighted)
+    module.graph.erase_node(norm)
+    for node in dict.fromkeys(v for v in parameters if isinstance(v, fx.Node)):
+        if not node.users:
+            module.graph.erase_node(node)
+            if node.target not in (new_weight.target, new_bias.target):
+                _delete(module, str(node.target))
+    return True
+
+
+def _per_output_channel(factor: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    if not transposed:
+        return factor.reshape([-1] + [1] * (weight.dim() - 1))
+    # A transposed convolution's weight is (in, out / groups, ...): each group of inputs has its own outputs.
+    per_group = factor.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+    return per_group.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+
+
+def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, value: Tensor) -> fx.Node:
+    """A ``get_attr`` of ``value``: in the place of the old tensor, or beside it if others read that one, too."""
+    if isinstance(old, fx.Node) and len(old.users) > 1:
+        number = 1
+        while _exists(module, f"{target}_folded_{number}"):
+            number += 1
+        target = f"{target}_folded_{number}"
+    set_tensor(module, target, nn.Parameter(value, requires_grad=value.requires_grad))
+    with module.graph.inserting_before(reader):
+        return module.graph.create_node("get_attr", target)
+
+
+def _exists(module: nn.Module, target: str) -> bool:
+    try:
+        get_attribute(module, target)
+    except AttributeError:
+        return False
+    return True
+
+
+def _delete(module: nn.Module, target: str) -> None:
+    owner, _, name = target.rpartition(".")
+    delattr(module.get_submodule(owner), name)
+
+
+#: Folding of batch norms; what a backend's ``qcore_fusion_patterns`` usually returns, alone or with its own.
+BATCH_NORM_FUSIONS: tuple[FusionPattern, ...] = tuple(
+    FusionPattern((op, BATCH_NORM), fold_batch_norm) for op in (*CONV, *CONV_TRANSPOSE, LINEAR)
+)

@@ -1,0 +1,169 @@
+"""The GraphModule that every pass works on: one that deep-copies and pickles with all that qcore knows about it."""
+
+import importlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qcore.backend_config import BackendConfig
+from qcore.quantization_plan import QuantizationPlan
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What ``prepare_fx`` settled and ``convert_fx`` must keep to.
+
+    Attributes:
+        stage: ``"prepared"``, ``"reference"`` or ``"converted"``.
+        plan: the decisions.
+        backend: name of the backend.
+        backend_config: the capability that the plan was made for.
+        is_custom_config: whether the user gave that config; then there is no lowering but the reference's.
+        preserved: names of attributes of the float model that the user wanted kept.
+    """
+
+    stage: str
+    plan: QuantizationPlan
+    backend: str
+    backend_config: BackendConfig
+    is_custom_config: bool = False
+    preserved: tuple[str, ...] = ()
+
+    def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
+        """The same, at another stage."""
+        return replace(self, stage=stage, plan=plan or self.plan)
+
+
+class QGraphModule(fx.GraphModule):
+    """An fx GraphModule that keeps its graph, node names included, through pickling.
+
+    fx pickles the generated code and traces it again, which gives nodes other names; a plan speaks of nodes by name.
+    """
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """What qcore knows about this module; ``None`` for one that was only traced."""
+        return self.meta.get("qcore")
+
+    def with_preparation(self, preparation: Preparation) -> "QGraphModule":
+        """Set what qcore knows, and return the module itself."""
+        self.meta["qcore"] = preparation
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        attributes = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+        }
+        kept = {name: self.__dict__[name] for name in getattr(self.preparation, "preserved", ()) if name in self.__dict__}
+        nodes = [_frozen(node) for node in self.graph.nodes]
+        return _thaw, (attributes, kept, nodes, {"qcore": self.preparation})
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node among the arguments of a frozen one."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Function:
+    """Stands for a function: pickle can't find operator overloads and some of torch's builtins by itself."""
+
+    module: str
+    qualified_name: str
+
+    def resolve(self) -> Any:
+        found: Any = importlib.import_module(self.module) if self.module else torch.ops
+        for part in self.qualified_name.split("."):
+            found = getattr(found, part)
+        return found
+
+
+def _frozen(node: fx.Node) -> tuple[Any, ...]:
+    def refer(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, fx.Node) else value
+
+    args = fx.node.map_aggregate(node.args, refer)
+    kwargs = fx.node.map_aggregate(node.kwargs, refer)
+    target = _function_name(node.target) if node.op == "call_function" else node.target
+    return node.name, node.op, target, args, kwargs
+
+
+def _function_name(function: Any) -> Any:
+    if isinstance(function, torch._ops.OpOverload):
+        namespace, name = function._schema.name.split("::")
+        return _Function("", f"{namespace}.{name}.{function._overloadname}")
+    module, _, name = fx.node._get_qualified_name(function).rpartition(".")
+    candidate = _Function(module, name)
+    try:
+        if candidate.resolve() is function:
+            return candidate
+    except (ImportError, AttributeError):
+        pass
+    pickle.dumps(function)  # Raises pickle's own error here, where the node is still known.
+    return function
+
+
+def _thaw(
+    attributes: dict[str, Any], kept: dict[str, Any], nodes: list[tuple[Any, ...]], meta: dict[str, Any]
+) -> QGraphModule:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Reference) else value
+
+    for name, op, target, args, kwargs in nodes:
+        target = target.resolve() if isinstance(target, _Function) else target
+        args = fx.node.map_aggregate(args, resolve)
+        made[name] = graph.create_node(op, target, args, fx.node.map_aggregate(kwargs, resolve), name)
+    root = nn.Module()
+    root.__dict__.update(attributes)
+    module = QGraphModule(root, graph)
+    module.training = attributes["training"]
+    for name, value in kept.items():
+        setattr(module, name, value)
+    module.meta.update({key: value for key, value in meta.items() if value is not None})
+    return module
+
+
+def get_attribute(module: nn.Module, target: str) -> Any:
+    """The attribute at a dotted path."""
+    owner, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
+    """Put a tensor at a dotted path, as a buffer unless it is a Parameter; makes the modules on the way."""
+    owner_path, _, name = target.rpartition(".")
+    owner = module
+    for step in owner_path.split(".") if owner_path else ():
+        if step not in owner._modules:
+            owner.add_module(step, nn.Module())
+        owner = owner.get_submodule(step)
+    if name in owner._parameters or name in owner._buffers:
+        delattr(owner, name)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    else:
+        owner.register_buffer(name, value)
+
+
+def free_name(taken: Mapping[str, Any] | set[str], wanted: str, counter: dict[str, int]) -> str:
+    """``wanted``, or ``wanted_1``, ``wanted_2`` ...; the counter makes a run of clashes linear."""
+    if wanted not in taken:
+        return wanted
+    number = counter.get(wanted, 0)
+    while True:
+        number += 1
+        name = f"{wanted}_{number}"
+        if name not in taken:
+            counter[wanted] = number
+            return name

@@ -1,0 +1,81 @@
+"""The pass that carries out the plan in the float model: it puts observers where the plan says, and decides nothing."""
+
+from dataclasses import replace
+
+from torch import fx
+
+from qcore.fx.graph_module import QGraphModule, free_name
+from qcore.observer import FixedQParamsObserver, ObserverBase
+from qcore.qconfig import ObserverConstructor, build_observer
+from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
+
+OBSERVER_PREFIX = "activation_post_process"
+
+
+def make_observer(
+    tensor: QuantizedTensor, kernels: dict[type[ObserverBase], type[ObserverBase]]
+) -> ObserverBase:
+    """The observer of one set of qparams.
+
+    Args:
+        tensor: from the plan.
+        kernels: a backend's own implementations of observers, by the class that they stand in for.
+    """
+    if tensor.fixed is not None:
+        scale, zero_point = tensor.fixed
+        return FixedQParamsObserver(
+            scale,
+            zero_point,
+            dtype=tensor.traits.dtype,
+            quant_min=tensor.quant_min,
+            quant_max=tensor.quant_max,
+        )
+    constructor: ObserverConstructor = tensor.constructor
+    observer_class = constructor if isinstance(constructor, type) else getattr(constructor, "observer", None)
+    if observer_class in kernels:
+        own = kernels[observer_class]
+        constructor = own if isinstance(constructor, type) else replace(constructor, observer=own)  # type: ignore[type-var]
+    return build_observer(constructor, tensor.traits, tensor.quant_min, tensor.quant_max, tensor.eps)
+
+
+def observe(
+    module: QGraphModule, plan: QuantizationPlan, kernels: dict[type[ObserverBase], type[ObserverBase]]
+) -> QuantizationPlan:
+    """Insert the plan's observers into ``module``, which must be one of qcore's own copies.
+
+    Args:
+        module: the traced and fused model.
+        plan: what to insert.
+        kernels: the backend's implementations of observers.
+
+    Returns:
+        The plan, with the observers' names.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    names: dict[int, str] = {}
+    taken = {name for name, _ in module.named_children()}
+    counter: dict[str, int] = {}
+    for observation in plan.observations:
+        if observation.tensor not in names:
+            number = len(names)
+            name = free_name(taken, f"{OBSERVER_PREFIX}_{number}", counter)
+            names[observation.tensor] = name
+            module.add_module(name, make_observer(plan.tensors[observation.tensor], kernels))
+        value = nodes[observation.value]
+        readers = list(value.users) if observation.readers is None else [nodes[name] for name in observation.readers]
+        with module.graph.inserting_after(value):
+            observer = module.graph.create_node("call_module", names[observation.tensor], (value,))
+        for reader in dict.fromkeys(readers):
+            reader.replace_input_with(value, observer)
+    module.recompile()
+    return replace(plan, observers=names)
+
+
+def observer_nodes(module: fx.GraphModule, plan: QuantizationPlan) -> list[tuple[fx.Node, int]]:
+    """The nodes that call the plan's observers, with the number of their qparams."""
+    numbers = {name: number for number, name in plan.observers.items()}
+    return [
+        (node, numbers[str(node.target)])
+        for node in module.graph.nodes
+        if node.op == "call_module" and node.target in numbers
+    ]

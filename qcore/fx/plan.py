@@ -1,0 +1,422 @@
+"""The pass that decides: reads the mapping (request) and the BackendConfig (capability), writes a plan (answer).
+
+For every match of a backend's pattern: does a rule ask for it to be quantized, does a dtype config accept the qconfig,
+are its inputs and its output float32 tensors? Then for every value between two operators: whose observer watches it,
+and which range of integers can all take that write and read it? Nothing is changed here, and no later pass decides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from qcore.backend_config import BackendConfig, DTypeConfig, DTypeWithConstraints, ObservationType
+from qcore.dtypes import dtype_name
+from qcore.fx.match import Match, PatternTable, find_matches
+from qcore.fx.operators import CHUNK, SPLIT, operator_of
+from qcore.fx.resolve import Resolution, Resolver
+from qcore.fx.shapes import is_float_tensor
+from qcore.fx.tracer import Origin
+from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
+from qcore.qconfig_mapping import object_type_name
+from qcore.quantization_plan import Decision, Observation, QuantizationPlan, QuantizedTensor, WeightQuantization
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A qconfig that was asked for and that the backend doesn't accept.
+
+    Attributes:
+        decision: the decision to stay float.
+    """
+
+    decision: Decision
+
+
+def make_plan(
+    traced: fx.GraphModule,
+    resolver: Resolver,
+    traits: dict[ObserverConstructor, ObserverTraits],
+    backend_name: str,
+    backend_config: BackendConfig,
+) -> tuple[QuantizationPlan, list[Refusal]]:
+    """Decide for every operator of ``traced``.
+
+    Args:
+        traced: in normal form, fused, with examples.
+        resolver: the mapping.
+        traits: the traits of every observer constructor in the mapping.
+        backend_name: for the plan.
+        backend_config: the capability.
+
+    Returns:
+        The plan, and what the user asked for and doesn't get.
+    """
+    return _Planner(traced, resolver, traits, backend_name, backend_config).run()
+
+
+class _Values:
+    """Which value of the graph has which qparams; sets of qparams merge when an operator wants its inputs alike."""
+
+    def __init__(self) -> None:
+        self.tensors: list[QuantizedTensor] = []
+        self._merged: list[int] = []
+        self.outputs: dict[fx.Node, int] = {}
+        self.observed: dict[fx.Node, int] = {}
+        self.inputs: dict[tuple[fx.Node, ObserverConstructor], int] = {}
+        self.input_readers: dict[tuple[fx.Node, ObserverConstructor], list[str]] = {}
+
+    def new(self, tensor: QuantizedTensor) -> int:
+        self.tensors.append(tensor)
+        self._merged.append(len(self._merged))
+        return len(self.tensors) - 1
+
+    def find(self, number: int) -> int:
+        while self._merged[number] != number:
+            self._merged[number] = self._merged[self._merged[number]]
+            number = self._merged[number]
+        return number
+
+    def of(self, number: int) -> QuantizedTensor:
+        return self.tensors[self.find(number)]
+
+    def merge(self, first: int, second: int) -> None:
+        first, second = self.find(first), self.find(second)
+        if first == second:
+            return
+        kept, other = self.tensors[first], self.tensors[second]
+        self.tensors[first] = _intersected(kept, other.quant_min, other.quant_max, other.eps)
+        self._merged[second] = first
+
+    def can_merge(self, numbers: list[int]) -> bool:
+        tensors = [self.of(number) for number in numbers]
+        return all(t.constructor == tensors[0].constructor and t.fixed == tensors[0].fixed for t in tensors)
+
+
+def _intersected(tensor: QuantizedTensor, low: int, high: int, eps: float | None) -> QuantizedTensor:
+    floors = [value for value in (tensor.eps, eps) if value is not None]
+    return replace(
+        tensor,
+        quant_min=max(tensor.quant_min, low),
+        quant_max=min(tensor.quant_max, high),
+        eps=max(floors) if floors else None,
+    )
+
+
+class _Planner:
+    def __init__(
+        self,
+        traced: fx.GraphModule,
+        resolver: Resolver,
+        traits: dict[ObserverConstructor, ObserverTraits],
+        backend_name: str,
+        backend_config: BackendConfig,
+    ) -> None:
+        self.traced = traced
+        self.resolver = resolver
+        self.traits = traits
+        self.backend_name = backend_name
+        self.config = backend_config
+        self.values = _Values()
+        self.module_types: dict[str, type[nn.Module]] = {
+            str(node.target): type(traced.get_submodule(str(node.target)))
+            for node in traced.graph.nodes
+            if node.op == "call_module"
+        }
+        self.decisions: dict[fx.Node, Decision] = {}
+        self.refusals: list[Refusal] = []
+        self.weights: list[WeightQuantization] = []
+        self.absorbed: dict[str, str] = {}
+
+    def run(self) -> tuple[QuantizationPlan, list[Refusal]]:
+        matches = find_matches(self.traced.graph, PatternTable(self.config), self.module_types, self.may_absorb)
+        matched = {node for match in matches for node in match.nodes}
+        for match in matches:
+            if self.counts(match.result) or is_tuple(match.result):
+                self.decide(match)
+        for node in self.traced.graph.nodes:
+            if node not in matched and self.counts(node):
+                self.leave_float(node)
+        return self.plan(), self.refusals
+
+    def resolution(self, node: fx.Node) -> Resolution:
+        origin = node.meta.get("origin")
+        return self.resolver.resolve(origin) if isinstance(origin, Origin) else Resolution("", None)
+
+    def may_absorb(self, anchor: fx.Node, clamp: fx.Node) -> bool:
+        """Unless a rule says that this very clamp stays float; a clamp that no rule names goes with its operator."""
+        resolution = self.resolution(clamp)
+        return resolution.qconfig is not None or not resolution.rule or self.resolution(anchor).qconfig is None
+
+    @staticmethod
+    def counts(node: fx.Node) -> bool:
+        """Whether a node is an operator on float tensors, of which a plan must give account."""
+        return node.op in ("call_function", "call_method", "call_module") and is_float_tensor(node)
+
+    def leave_float(self, node: fx.Node) -> None:
+        resolution = self.resolution(node)
+        reason = f"{self.backend_name} has no pattern for it"
+        if resolution.rule and resolution.qconfig is None:
+            reason = f"rule {resolution.rule} says float"
+        decision = Decision(
+            node.name, (node.name,), (self.label(node),), self.path(node), False, resolution.rule, resolution.qconfig,
+            reason=reason,
+        )  # fmt: skip
+        self.decisions[node] = decision
+        if resolution.is_specific and resolution.qconfig is not None:
+            self.refusals.append(Refusal(decision))
+
+    def label(self, node: fx.Node) -> str:
+        op = operator_of(node)
+        if op is not None:
+            return op.name
+        return object_type_name(self.module_types.get(str(node.target), node.target))  # type: ignore[arg-type]
+
+    @staticmethod
+    def path(node: fx.Node) -> str:
+        origin = node.meta.get("origin")
+        return origin.path if isinstance(origin, Origin) else ""
+
+    def decide(self, match: Match) -> None:
+        resolution = self.resolution(match.anchor)
+        decision = Decision(
+            node=match.result.name,
+            nodes=tuple(node.name for node in match.nodes),
+            operators=tuple(self.label(node) for node in match.nodes),
+            path=self.path(match.anchor),
+            quantized=False,
+            rule=resolution.rule,
+            qconfig=resolution.qconfig,
+            condition=match.config.condition.name if match.config.condition else "",
+        )
+        reason, is_refused, accepted = self.judge(match, resolution)
+        if accepted is None:
+            decision = replace(decision, reason=reason)
+            if is_refused:
+                self.refusals.append(Refusal(decision))
+        else:
+            decision = replace(decision, quantized=True, dtype_config=accepted)
+        self.decisions[match.result] = decision
+
+    def judge(self, match: Match, resolution: Resolution) -> tuple[str, bool, DTypeConfig | None]:
+        """Why a match stays float and whether that breaks a request, or the dtype config by which it doesn't."""
+        qconfig = resolution.qconfig
+        if qconfig is None:
+            asked = f"rule {resolution.rule} says float" if resolution.rule else "no rule asks for it"
+            return asked, False, None
+        tensors = [*match.inputs(), match.result]
+        other = next((node for node in tensors if not is_float_tensor(node) and not is_tuple(node)), None)
+        if other is not None:
+            example = other.meta.get("example")
+            return f"{other.name} is {dtype_name(example.dtype) if example else 'no tensor'}, not float32", False, None
+        problem = self.weight_problem(match)
+        if problem:
+            return problem, False, None
+        refusals: list[str] = []
+        for dtype_config in match.config.dtype_configs:
+            refusal = self.refusal(match, qconfig, dtype_config)
+            if refusal is None:
+                reason = self.place(match, qconfig, dtype_config)
+                return (reason, False, None) if reason else ("", False, dtype_config)
+            if refusal not in refusals:
+                refusals.append(refusal)
+        return f"{self.backend_name} doesn't accept its qconfig: {'; '.join(refusals)}", True, None
+
+    def weight_problem(self, match: Match) -> str:
+        op = operator_of(match.anchor)
+        if op is None or op.weight is None:
+            return ""
+        weight = match.anchor.args[op.weight]
+        constant = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        return "" if constant else "its weight is computed, not a parameter"
+
+    def refusal(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str | None:
+        """Why a dtype config doesn't accept a qconfig, or ``None`` if it does."""
+        activation = self.traits[qconfig.activation]
+        if bool(dtype_config.is_dynamic) != activation.is_dynamic:
+            kind = "dynamic" if activation.is_dynamic else "static"
+            return f"it offers no {kind} quantization here"
+        if activation.is_placeholder:
+            return f"a placeholder observer of {dtype_name(activation.dtype)} gives no static qparams"
+        if activation.qscheme.per_channel:
+            return "activations per channel aren't offered"
+        sides = [("input", dtype_config.input_constraints), ("output", dtype_config.output_constraints)]
+        for side, constraints in sides:
+            shares = match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+            demanded = side == "output" and not shares
+            problem = _violation(side, activation, constraints, demanded)
+            if problem:
+                return problem
+        op = operator_of(match.anchor)
+        if op is not None and op.weight is not None:
+            return _violation("weight", self.traits[qconfig.weight], dtype_config.weight_constraints, True)
+        return None
+
+    def place(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
+        """Give the match's inputs, output and weight their qparams; or say why it has to stay float."""
+        inputs = list(dict.fromkeys(match.inputs()))
+        known = [self.values.outputs[node] for node in inputs if node in self.values.outputs]
+        shares = match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+        if shares and not known:
+            return "its input is float, and it only hands on what it gets"
+        if len(known) < len(inputs) and self.traits[qconfig.activation].fixed:
+            return "its input is float, and the fixed qparams of its qconfig are for its output"
+        for node in inputs:
+            problem = self.reading_problem(node, qconfig, dtype_config)
+            if problem:
+                return problem
+        numbers = [self.read(node, match, qconfig, dtype_config) for node in inputs]
+        if shares and self.values.can_merge(numbers):
+            for number in numbers[1:]:
+                self.values.merge(numbers[0], number)
+            self.values.outputs[match.result] = numbers[0]
+        else:
+            output = self.values.new(self.output_tensor(qconfig, dtype_config))
+            self.values.outputs[match.result] = output
+            self.values.observed[match.result] = output
+            for clamp in match.nodes[len(match.nodes) - match.clamps :]:
+                self.absorbed[clamp.name] = match.result.name
+        op = operator_of(match.anchor)
+        if op is not None and op.weight is not None:
+            tensor = _constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
+            self.weights.append(WeightQuantization(match.anchor.name, tensor))
+        return ""
+
+    def reading_problem(self, node: fx.Node, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
+        """Whether what is already settled about a value stands against reading it as this match must."""
+        if node not in self.values.outputs:
+            return ""
+        tensor = self.values.of(self.values.outputs[node])
+        traits = tensor.traits
+        if tensor.fixed is not None or traits.has_explicit_range:
+            traits = replace(traits, quant_min=tensor.quant_min, quant_max=tensor.quant_max, has_explicit_range=True)
+        problem = _violation("input", traits, dtype_config.input_constraints, False)
+        return f"{node.name} is quantized otherwise than it must be read: {problem}" if problem else ""
+
+    def read(self, node: fx.Node, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> int:
+        constraints = dtype_config.input_constraints
+        if node in self.values.outputs:
+            number = self.values.outputs[node]
+        else:
+            key = (node, qconfig.activation)
+            if key not in self.values.inputs:
+                tensor = _constrained(qconfig.activation, self.traits[qconfig.activation], constraints)
+                self.values.inputs[key] = self.values.new(tensor)
+                self.values.input_readers[key] = []
+            number = self.values.inputs[key]
+            self.values.input_readers[key].extend(
+                reader.name for reader in match.nodes if node in reader.all_input_nodes
+            )
+        root = self.values.find(number)
+        tensor = self.values.tensors[root]
+        low, high = _bounds(tensor.traits, constraints)
+        self.values.tensors[root] = _intersected(tensor, low, high, _eps(constraints))
+        return number
+
+    def output_tensor(self, qconfig: QConfig, dtype_config: DTypeConfig) -> QuantizedTensor:
+        return _constrained(qconfig.activation, self.traits[qconfig.activation], dtype_config.output_constraints)
+
+    def plan(self) -> QuantizationPlan:
+        values = self.values
+        numbering: dict[int, int] = {}
+
+        def number(raw: int) -> int:
+            return numbering.setdefault(values.find(raw), len(numbering))
+
+        observations = [
+            Observation(node.name, number(raw), readers) for node, raw, readers in self.in_graph_order()
+        ]
+        shared = {
+            node.name: number(raw)
+            for node, raw in values.outputs.items()
+            if node not in values.observed and not is_tuple(node)
+        }
+        tensors = sorted(numbering, key=lambda raw: numbering[raw])
+        order = {node: place for place, node in enumerate(self.traced.graph.nodes)}
+        return QuantizationPlan(
+            backend=self.backend_name,
+            decisions=tuple(self.decisions[node] for node in sorted(self.decisions, key=lambda node: order[node])),
+            tensors=tuple(values.tensors[raw] for raw in tensors),
+            observations=tuple(observations),
+            shared=shared,
+            absorbed=self.absorbed,
+            weights=tuple(self.weights),
+        )
+
+    def in_graph_order(self) -> Iterator[tuple[fx.Node, int, tuple[str, ...] | None]]:
+        """Every observed value with its qparams and its readers."""
+        inputs: dict[fx.Node, list[ObserverConstructor]] = {}
+        for node, constructor in self.values.inputs:
+            inputs.setdefault(node, []).append(constructor)
+        for node in self.traced.graph.nodes:
+            if node in self.values.observed:
+                yield node, self.values.observed[node], None
+            for constructor in inputs.get(node, ()):
+                key = (node, constructor)
+                yield node, self.values.inputs[key], tuple(self.values.input_readers[key])
+
+
+def is_tuple(node: fx.Node) -> bool:
+    """Whether a node gives several tensors at once, each of which a ``getitem`` then takes out."""
+    return operator_of(node) in (CHUNK, SPLIT)
+
+
+def _bounds(traits: ObserverTraits, constraints: DTypeWithConstraints) -> tuple[int, int]:
+    low, high = constraints.quant_min_lower_bound, constraints.quant_max_upper_bound
+    return (
+        traits.quant_min if low is None else max(traits.quant_min, int(low)),
+        traits.quant_max if high is None else min(traits.quant_max, int(high)),
+    )
+
+
+def _eps(constraints: DTypeWithConstraints) -> float | None:
+    bound = constraints.scale_min_lower_bound
+    return None if bound is None else float(bound)
+
+
+def _constrained(
+    constructor: ObserverConstructor, traits: ObserverTraits, constraints: DTypeWithConstraints
+) -> QuantizedTensor:
+    """The qparams that an observer finds within a kernel's constraints; what the user left open, they fill in."""
+    low, high = _bounds(traits, constraints)
+    fixed = traits.fixed
+    if constraints.scale_exact_match is not None and constraints.zero_point_exact_match is not None:
+        fixed = (constraints.scale_exact_match, constraints.zero_point_exact_match)
+    return QuantizedTensor(constructor, traits, low, high, _eps(constraints), fixed)
+
+
+def _violation(side: str, traits: ObserverTraits, constraints: DTypeWithConstraints, fixes_count: bool) -> str | None:
+    """What in an observer's traits a kernel doesn't take; what the user left open is no violation.
+
+    Args:
+        side: ``"input"``, ``"output"`` or ``"weight"``, for the message.
+        traits: of the observer.
+        constraints: of the kernel.
+        fixes_count: whether demands for an exact scale and zero point are to be compared.
+    """
+    found, wanted = traits.dtype, constraints.dtype
+    if wanted is not None and found != wanted:
+        return f"{side} dtype {dtype_name(found)}, it takes {dtype_name(wanted)}"
+    if constraints.qschemes is not None and traits.qscheme not in constraints.qschemes:
+        offered = " or ".join(scheme.value for scheme in constraints.qschemes)
+        return f"{side} {traits.qscheme.value}, it takes {offered}"
+    if constraints.ch_axis is not None and traits.ch_axis not in (None, constraints.ch_axis):
+        return f"{side} ch_axis {traits.ch_axis}, it takes {constraints.ch_axis}"
+    if traits.has_explicit_range:
+        low, high = constraints.quant_min_lower_bound, constraints.quant_max_upper_bound
+        if low is not None and traits.quant_min < low:
+            return f"{side} quant_min {traits.quant_min} < {low} (quant_min_lower_bound)"
+        if high is not None and traits.quant_max > high:
+            return f"{side} quant_max {traits.quant_max} > {high} (quant_max_upper_bound)"
+    floor = constraints.scale_min_lower_bound
+    if floor is not None and traits.eps is not None and traits.eps < floor:
+        return f"{side} eps {traits.eps} < {floor} (scale_min_lower_bound)"
+    if fixes_count and traits.fixed is not None:
+        scale, zero_point = constraints.scale_exact_match, constraints.zero_point_exact_match
+        if scale is not None and traits.fixed[0] != scale:
+            return f"{side} scale {traits.fixed[0]}, it takes exactly {scale}"
+        if zero_point is not None and traits.fixed[1] != zero_point:
+            return f"{side} zero point {traits.fixed[1]}, it takes exactly {zero_point}"
+    return None
+
+

@@ -1,0 +1,99 @@
+"""Which rule of a QConfigMapping speaks of an operator."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qcore.fx.tracer import Origin
+from qcore.qconfig import QConfig
+from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The outcome for one operator.
+
+    Attributes:
+        rule: the rule, as ``explain`` prints it; empty if no rule speaks of the operator.
+        qconfig: its qconfig; ``None`` means float.
+        is_specific: whether the rule names this operator or its module, rather than everything.
+    """
+
+    rule: str
+    qconfig: QConfig | None
+    is_specific: bool = False
+
+
+class Resolver:
+    """Resolves operators against one mapping; precedence as :class:`~qcore.qconfig_mapping.QConfigMapping` says.
+
+    For a function or method call, the class of the containing module wins over the function, as in torch.
+    """
+
+    def __init__(self, mapping: QConfigMapping) -> None:
+        self._mapping = mapping
+        self._regexes = [(re.compile(text), text) for text in mapping.module_name_regex_qconfigs]
+        self._by_place: dict[tuple[ObjectType, bool, str, type | None], Resolution] = {}
+        self._used_orders: set[tuple[str, ObjectType, int]] = set()
+
+    def resolve(self, origin: Origin) -> Resolution:
+        """The strongest rule that speaks of an operator."""
+        key = (origin.scope_path, origin.object_type, origin.index)
+        ordered = self._mapping.module_name_object_type_order_qconfigs
+        if key in ordered:
+            self._used_orders.add(key)
+            name = f"module_name {key[0]!r}, {object_type_name(key[1])} number {key[2]}"
+            return Resolution(name, ordered[key], True)
+        place = (origin.object_type, origin.is_module, origin.path, origin.scope_type)
+        if place not in self._by_place:
+            self._by_place[place] = self._resolve_place(origin)
+        return self._by_place[place]
+
+    def _resolve_place(self, origin: Origin) -> Resolution:
+        mapping = self._mapping
+        path = origin.path
+        while path:
+            if path in mapping.module_name_qconfigs:
+                specific = origin.is_module and path == origin.path
+                return Resolution(f"module_name {path!r}", mapping.module_name_qconfigs[path], specific)
+            path = path.rpartition(".")[0]
+        for pattern, text in self._regexes:
+            if pattern.match(origin.path):
+                return Resolution(f"module_name_regex {text!r}", mapping.module_name_regex_qconfigs[text])
+        candidates = (origin.object_type,) if origin.is_module else (origin.scope_type, origin.object_type)
+        for candidate in candidates:
+            if candidate is not None and candidate in mapping.object_type_qconfigs:
+                name = f"object_type {object_type_name(candidate)}"
+                return Resolution(name, mapping.object_type_qconfigs[candidate], candidate is origin.object_type)
+        if mapping.has_global:
+            return Resolution("global", mapping.global_qconfig)
+        return Resolution("", None)
+
+    def unmatched_names(self, module_paths: Iterable[str]) -> list[str]:
+        """A sentence for every module name and regex of the mapping that fits no module."""
+        paths = set(module_paths)
+        problems = []
+        for name in self._mapping.module_name_qconfigs:
+            if name and name not in paths:
+                problems.append(f"set_module_name({name!r}) matches no module{_similar(name, paths)}")
+        for pattern, text in self._regexes:
+            if not any(pattern.match(path) for path in paths):
+                problems.append(
+                    f"set_module_name_regex({text!r}) matches no module; it is matched from the start of paths such as "
+                    f"{', '.join(repr(path) for path in sorted(paths - {''})[:3])}"
+                )
+        return problems
+
+    def unmatched_orders(self) -> list[str]:
+        """A sentence for every ``set_module_name_object_type_order`` that no resolved call answered to."""
+        return [
+            f"set_module_name_object_type_order({name!r}, {object_type_name(kind)}, {index}) matches no call"
+            for name, kind, index in self._mapping.module_name_object_type_order_qconfigs
+            if (name, kind, index) not in self._used_orders
+        ]
+
+
+def _similar(name: str, paths: set[str]) -> str:
+    close = difflib.get_close_matches(name, paths - {""}, n=3)
+    return f"; did you mean {' or '.join(repr(path) for path in close)}?" if close else ""

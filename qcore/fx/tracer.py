@@ -1,0 +1,263 @@
+"""The first pass: a module's forward as a graph of operators in normal form.
+
+Every call of a known module, function or method becomes one call of its operator (see ``operators.py``), with the
+module's weights as ``get_attr`` nodes that keep their path (``features.0.weight``). Dropout and identity in
+evaluation mode disappear. An in-place form becomes the plain one, and whoever reads the overwritten value later reads
+the result instead. Each node remembers in ``meta["origin"]`` how the user wrote it, which is what a QConfigMapping
+speaks of.
+"""
+
+import copy
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qcore.errors import TraceError
+from qcore.fx.graph_module import QGraphModule
+from qcore.fx.operators import FORMS, INPLACE, MODULES, Call
+from qcore.qconfig_mapping import ObjectType
+
+_LIBRARIES = tuple(str(Path(found.__file__).parent) for found in (torch,) if found.__file__) + (
+    str(Path(__file__).parent),
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How and where the user wrote an operator.
+
+    Attributes:
+        object_type: the module class, function or method name.
+        is_module: whether it was a module call.
+        path: path of that module; for a function or method, of the module whose forward calls it.
+        scope_path: path of the module whose forward makes the call.
+        scope_type: class of that module; ``None`` for the model itself.
+        index: number of earlier calls of ``object_type`` within ``scope_path``.
+    """
+
+    object_type: ObjectType
+    is_module: bool
+    path: str
+    scope_path: str
+    scope_type: type | None
+    index: int
+
+
+class NormalFormTracer(fx.Tracer):
+    """An fx tracer that writes known operators in normal form.
+
+    Args:
+        leaf_names: paths of modules to keep as they are and not to look into.
+        leaf_classes: classes of such modules.
+    """
+
+    def __init__(self, leaf_names: Iterable[str] = (), leaf_classes: Iterable[type[nn.Module]] = ()) -> None:
+        super().__init__()
+        self._leaf_names = frozenset(leaf_names)
+        self._leaf_classes = tuple(leaf_classes)
+        self._calls: Counter[tuple[str, ObjectType]] = Counter()
+        self._overwritten: dict[fx.Node, fx.Node] = {}
+        self._attributes: dict[str, fx.Proxy | None] = {}
+        self._origin: Origin | None = None
+        self.failed_path: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's own modules, and those that the user named."""
+        return self._is_opaque(m, module_qualified_name) or (
+            m.__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        )
+
+    def _is_opaque(self, m: nn.Module, path: str) -> bool:
+        return path in self._leaf_names or type(m) in self._leaf_classes
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Write a known module as its operator, keep an unknown one of torch as a leaf, and go into all others."""
+        path = self.path_of_module(m)
+        if self._is_opaque(m, path):
+            return self._leaf(m, path, forward, args, kwargs)
+        form = MODULES.get(type(m))
+        if form is not None and not m._forward_hooks and not m._forward_pre_hooks:
+            try:
+                call = form(m, lambda name: self._attribute(path, m, name), *args, **kwargs)
+            except TypeError:
+                call = None  # Arguments that the form doesn't know.
+            if call is not None:
+                return self._emit(call, path, self._make_origin(type(m), True, path))
+        if form is not None or not self.is_leaf_module(m, path):
+            try:
+                if form is not None:
+                    return self._inside(m, path, forward, args, kwargs)
+                return super().call_module(m, forward, args, kwargs)
+            except Exception:
+                if self.failed_path is None:
+                    self.failed_path = path
+                raise
+        return self._leaf(m, path, forward, args, kwargs)
+
+    def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        self._origin = self._make_origin(type(m), True, path)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            with fx._symbolic_trace.ScopeContextManager(self.scope, fx.proxy.Scope(path, type(m))):
+                return forward(*args, **kwargs)
+        return self._leaf(m, path, forward, args, kwargs)
+
+    def _make_origin(self, object_type: ObjectType, is_module: bool, path: str) -> Origin:
+        key = (self.scope.module_path, object_type)
+        index = self._calls[key]
+        self._calls[key] += 1
+        return Origin(object_type, is_module, path, self.scope.module_path, self.scope.module_type, index)
+
+    def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
+        target = f"{path}.{name}" if path else name
+        if target not in self._attributes:
+            missing = getattr(module, name) is None
+            self._attributes[target] = None if missing else self.create_proxy("get_attr", target, (), {})
+        return self._attributes[target]
+
+    def _emit(self, call: Call, name: str, origin: Origin) -> Any:
+        if call.operator is None:
+            return call.args[0]
+        self._origin = origin
+        proxy = self.create_proxy("call_function", call.operator.function, call.args, {}, name.replace(".", "_"))
+        if call.inplace and isinstance(call.args[0], fx.Proxy):
+            self._overwritten[call.args[0].node] = proxy.node
+        return proxy
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        """Add a node; a call of a known function or method takes its normal form."""
+        if self._overwritten:
+            args = fx.map_arg(args, self._current)
+            kwargs = fx.map_arg(kwargs, self._current)
+        origin, self._origin = self._origin, None
+        inplace = False
+        if kind in ("call_function", "call_method") and origin is None:
+            origin = self._make_origin(target, False, self.scope.module_path)
+            call = self._normal_form(target, args, kwargs)
+            inplace = call.inplace if call is not None else target in INPLACE
+            if call is not None and call.operator is None:
+                return call.args[0]  # type: ignore[no-any-return]
+            if call is not None and call.operator is not None:
+                kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if origin is not None:
+            node.meta["origin"] = origin
+        if inplace and isinstance(args[0], fx.Node):
+            self._overwritten[args[0]] = node
+        return node
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        while node in self._overwritten:
+            node = self._overwritten[node]
+        return node
+
+    @staticmethod
+    def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        try:
+            form = FORMS.get(target)
+        except TypeError:
+            return None  # An unhashable callable.
+        if form is None:
+            return None
+        try:
+            call = form(*args, **kwargs)
+        except (TypeError, ValueError):
+            return None  # Arguments that the form doesn't know: the call stays as it is.
+        if call is not None and target in INPLACE:
+            return Call(call.operator, call.args, inplace=True)
+        return call
+
+
+def trace(
+    model: nn.Module,
+    leaf_names: Iterable[str] = (),
+    leaf_classes: Iterable[type[nn.Module]] = (),
+) -> QGraphModule:
+    """Trace ``model`` into a GraphModule of its own, in normal form.
+
+    The result shares nothing with ``model``: its parameters, buffers and leaf modules are copies.
+
+    Args:
+        model: any module; it isn't changed.
+        leaf_names: paths of submodules to keep whole.
+        leaf_classes: classes of submodules to keep whole.
+
+    Raises:
+        TraceError: the forward can't be traced; names the submodule, the source line and what to do.
+    """
+    tracer = NormalFormTracer(leaf_names, leaf_classes)
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        raise _trace_error(error, tracer.failed_path or "", model) from error
+    graph.eliminate_dead_code(_is_impure)
+    return QGraphModule(_OwnCopies(model, graph), graph)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+class _OwnCopies(nn.Module):
+    """A root that holds copies of just what a graph refers to; GraphModule takes its attributes from here."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        memo: dict[int, Any] = {}
+        for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")):
+            owner_path, _, name = target.rpartition(".")
+            owner: Any = model.get_submodule(owner_path)
+            value = getattr(owner, name)
+            place: nn.Module = self
+            for step in owner_path.split(".") if owner_path else ():
+                if step not in place._modules:
+                    place.add_module(step, nn.Module())
+                place = place.get_submodule(step)
+            own = copy.deepcopy(value, memo)
+            if isinstance(own, torch.Tensor) and not isinstance(own, nn.Parameter):
+                place.register_buffer(name, own)
+            elif name in place._modules and isinstance(own, nn.Module):
+                raise TraceError(f"{target} is both called and looked into", target, None)
+            else:
+                setattr(place, name, own)
+        self.training = model.training
+
+
+def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
+    location = _user_location(error)
+    where = f"{path!r} ({type(model.get_submodule(path)).__name__})" if path else f"the model ({type(model).__name__})"
+    at = f" at {location}" if location else ""
+    return TraceError(
+        f"{type(model).__name__} can't be traced: the forward of {where} failed{at}: "
+        f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Keep that submodule whole with "
+        f"prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names([{path!r}]), or rewrite the line",
+        path,
+        location,
+    )
+
+
+def _user_location(error: Exception) -> str | None:
+    """The innermost line outside torch and qcore."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None

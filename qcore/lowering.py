@@ -1,0 +1,389 @@
+"""Lowering by a table of rules: replaces dequantize -> operator -> quantize in a reference model by kernels.
+
+A backend's ``qcore_lower`` hook may do anything with a reference model. Most need only this: a table of
+:class:`LoweringRule` (a pattern, and a function that builds a kernel), one module that makes the backend's tensors from
+floats and one that goes back. Operators that only move elements (reshape, permute, concatenate ...) then work on the
+integers by themselves. What no rule takes stays the float operator that it is in the reference model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcore import ops
+from qcore.backend_config import Pattern
+from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_of, pattern_keys
+
+
+@dataclass(frozen=True)
+class QParams:
+    """How a per-tensor quantized value maps to real numbers: ``(q - zero_point) * scale``.
+
+    Attributes:
+        scale: real value of one step.
+        zero_point: integer that represents zero.
+        quant_min: smallest integer that the value takes.
+        quant_max: largest integer that the value takes.
+        dtype: of the integers.
+    """
+
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as integers: ``(values - zero_point) * scale``, along ``axis`` if it isn't ``None``."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+
+    @property
+    def scale_per_channel(self) -> Tensor:
+        """One scale for each output channel (axis 0), also for a weight quantized as a whole."""
+        return self.scale if self.axis is not None else self.scale.expand(self.values.shape[0]).clone()
+
+
+@dataclass(frozen=True)
+class QuantizedCall:
+    """One place where a rule fits; what a rule's ``build`` gets.
+
+    Attributes:
+        nodes: the chain in the reference graph, in the order of execution; ``nodes[0]`` may have a weight.
+        inputs: the qparams of what it reads as activations, in order; the kernel is called with those values.
+        weight: the weight of the first operator.
+        bias: the bias of the first operator, float32.
+        output: the qparams of the result.
+        input_users: for each input, how many nodes of the graph read the integers besides this call.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[QParams, ...]
+    weight: QuantizedWeight | None
+    bias: Tensor | None
+    output: QParams
+    input_users: tuple[int, ...]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of the first operator, in the order of its normal form."""
+        return self.nodes[0].args
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A rule's answer when its kernel can't take a call.
+
+    Attributes:
+        reason: why, for ``explain``.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoweringRule:
+    """A chain of operators, and the kernel that computes it.
+
+    Attributes:
+        pattern: as in a BackendPatternConfig.
+        build: gives a module that takes the inputs' integers and returns the result's, or declines.
+    """
+
+    pattern: Pattern
+    build: Callable[[QuantizedCall], "nn.Module | Declined"]
+
+
+class KernelModule(nn.Module):
+    """Base for kernels: plain tensors as state, and what is derived from them made when first needed.
+
+    A subclass registers buffers and defines ``pack``, whose result ``forward`` gets from ``self.packed()``. What is
+    packed (a kernel's own weight format, Python numbers) is never copied, pickled or saved; it is made anew after
+    ``load_state_dict``, ``deepcopy``, unpickling and ``to``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: Any = None
+
+    def add_qparams(self, name: str, qparams: QParams) -> None:
+        """Register ``{name}_scale`` and ``{name}_zero_point`` as buffers, so that a state_dict is complete."""
+        self.register_buffer(f"{name}_scale", torch.tensor(qparams.scale, dtype=torch.float32))
+        self.register_buffer(f"{name}_zero_point", torch.tensor(qparams.zero_point))
+
+    def qparams(self, name: str) -> tuple[float, int]:
+        """The scale and the zero point that were registered under ``name``, as Python numbers."""
+        return float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point"))
+
+    def pack(self) -> Any:
+        """Whatever ``forward`` needs and can be made from the buffers."""
+        raise NotImplementedError(f"{type(self).__name__} must define pack")
+
+    def packed(self) -> Any:
+        """What ``pack`` gave, made once."""
+        if self._packed is None:
+            self._packed = self.pack()
+        return self._packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._packed = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+
+BoundaryBuilder = Callable[[QParams], nn.Module]
+
+
+def lower_with_rules(
+    reference: QGraphModule, rules: Sequence[LoweringRule], *, enter: BoundaryBuilder, leave: BoundaryBuilder
+) -> QGraphModule:
+    """Replace all that the rules take by kernels.
+
+    Args:
+        reference: a reference model with its plan; it isn't changed. Only operators that the plan quantizes are
+            replaced.
+        rules: tried longest pattern first; of equal length, in order.
+        enter: gives the module that makes the backend's quantized tensor from a float tensor.
+        leave: gives the module that goes back.
+
+    Returns:
+        The lowered model; its plan names the kernels, and the reasons where there are none.
+    """
+    return _Lowering(reference, rules, enter, leave).run()
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """A value of the graph as integers: the node that gives them, and the node names of their qparams."""
+
+    node: fx.Node
+    key: tuple[str, str]
+
+
+class _Lowering:
+    def __init__(
+        self, reference: QGraphModule, rules: Sequence[LoweringRule], enter: BoundaryBuilder, leave: BoundaryBuilder
+    ) -> None:
+        preparation = reference.preparation
+        assert preparation is not None
+        self.reference = reference
+        self.preparation = preparation
+        self.enter, self.leave = enter, leave
+        self.graph = fx.Graph()
+        self.graph.output(self.graph.graph_copy(reference.graph, {}))
+        self.root = nn.Module()
+        self.integers: dict[fx.Node, _Integers] = {}
+        self.kernels: dict[str, str] = {}
+        self.declined: dict[str, str] = {}
+        self.planned = {name for decision in preparation.plan.quantized for name in decision.nodes}
+        self.by_last: dict[object, list[tuple[tuple[object, ...], LoweringRule]]] = {}
+        for rule in rules:
+            keys = pattern_keys(rule.pattern)
+            self.by_last.setdefault(keys[-1], []).append((keys, rule))
+        for candidates in self.by_last.values():
+            candidates.sort(key=lambda item: -len(item[0]))
+
+    def run(self) -> QGraphModule:
+        nodes = list(self.graph.nodes)
+        for node in nodes:
+            if node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
+                self.integers[node] = _Integers(_node(node.args[0]), _key(node))
+            elif node.target is ops.quantize_per_tensor:
+                self.lower_quantize(node)
+            else:
+                self.move(node)
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.cross_boundaries()
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.take_attributes()
+        plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
+        module = QGraphModule(self.root, self.graph)
+        module.train(self.reference.training)
+        for name in self.preparation.preserved:
+            setattr(module, name, getattr(self.reference, name))
+        return module.with_preparation(self.preparation.at("converted", plan))
+
+    def lower_quantize(self, quantize: fx.Node) -> None:
+        value = _node(quantize.args[0])
+        for keys, rule in self.by_last.get(operator_of(value) or value.target, ()):
+            chain = self.chain(value, keys, quantize)
+            if chain is None:
+                continue
+            call, sources = self.call(chain, quantize)
+            built = rule.build(call)
+            if isinstance(built, Declined):
+                self.declined[chain[0].name] = f"no kernel ({built.reason}): float between dequantize and quantize"
+                continue
+            self.declined.pop(chain[0].name, None)
+            self.kernels[chain[0].name] = getattr(built, "kernel_name", type(built).__name__)
+            with self.graph.inserting_before(quantize):
+                kernel = self.add_module(chain[0].name, built, tuple(sources))
+            quantize.replace_all_uses_with(kernel)
+            return
+        moved = self.integers.get(value)
+        if moved is not None and moved.key == _key(quantize):
+            quantize.replace_all_uses_with(moved.node)
+            self.kernels.setdefault(value.name, "integers as they are")
+        elif value.name in self.planned and value.name not in self.declined:
+            self.declined[value.name] = "no kernel: float between dequantize and quantize"
+
+    def chain(self, value: fx.Node, keys: tuple[object, ...], quantize: fx.Node) -> list[fx.Node] | None:
+        """The nodes of a pattern that ends in ``value``, whose other inputs are all integers."""
+        nodes = [value]
+        if value.name not in self.planned or len(value.users) != 1:
+            return None
+        for key in reversed(keys[:-1]):
+            found = [
+                source
+                for source in activation_inputs(nodes[0])
+                if (operator_of(source) or source.target) == key
+                and len(source.users) == 1
+                and source.name in self.planned
+            ]
+            if len(found) != 1:
+                return None
+            nodes.insert(0, found[0])
+        op = operator_of(nodes[0])
+        if op is not None and op.weight is not None:
+            weight = nodes[0].args[op.weight]
+            if not isinstance(weight, fx.Node) or weight.target not in (
+                ops.dequantize_per_channel,
+                ops.dequantize_per_tensor,
+            ):
+                return None
+        sources = [s for node in nodes for s in activation_inputs(node) if s not in nodes]
+        return nodes if all(source in self.integers for source in sources) else None
+
+    def call(self, chain: list[fx.Node], quantize: fx.Node) -> tuple[QuantizedCall, list[fx.Node]]:
+        sources = [s for node in chain for s in activation_inputs(node) if s not in chain]
+        values = [self.integers[source] for source in sources]
+        op = operator_of(chain[0])
+        weight, bias = (None, None) if op is None or op.weight is None else self.weight(chain[0], op)
+        call = QuantizedCall(
+            nodes=tuple(chain),
+            inputs=tuple(self.qparams_by_key(value.key) for value in values),
+            weight=weight,
+            bias=bias,
+            output=self.qparams(quantize),
+            input_users=tuple(
+                len(source.users) - 1 + len(value.node.users) - (source.args[0] is value.node)
+                for source, value in zip(sources, values, strict=True)
+            ),
+        )
+        return call, [value.node for value in values]
+
+    def weight(self, node: fx.Node, op: Operator) -> tuple[QuantizedWeight, Tensor | None]:
+        assert op.weight is not None and op.bias is not None
+        dequantize = _node(node.args[op.weight])
+        values, scale, zero_point = (self.tensor(argument) for argument in dequantize.args[:3])
+        axis = int(dequantize.args[3]) if dequantize.target is ops.dequantize_per_channel else None  # type: ignore[arg-type]
+        bias = node.args[op.bias]
+        return QuantizedWeight(values, scale, zero_point, axis), None if bias is None else self.tensor(bias)
+
+    def tensor(self, node: Any) -> Tensor:
+        found = get_attribute(self.reference, str(node.target))
+        assert isinstance(found, Tensor)
+        return found.detach()
+
+    def qparams(self, quantize: fx.Node) -> QParams:
+        _, scale, zero_point, low, high, dtype = quantize.args
+        return QParams(float(self.tensor(scale)), int(self.tensor(zero_point)), low, high, dtype)  # type: ignore[arg-type]
+
+    def qparams_by_key(self, key: tuple[str, str]) -> QParams:
+        """The qparams of integers; the range doesn't matter to those who read them."""
+        scale = float(get_attribute(self.reference, key[0]))
+        zero_point = get_attribute(self.reference, key[1])
+        tensor = self.preparation.plan.tensors[self.number(key[0])]
+        return QParams(scale, int(zero_point), tensor.quant_min, tensor.quant_max, tensor.traits.dtype)
+
+    def number(self, scale_target: str) -> int:
+        if not hasattr(self, "_numbers"):
+            observers = self.preparation.plan.observers
+            self._numbers = {f"{name}_scale": number for number, name in observers.items()}
+        return self._numbers[scale_target]
+
+    def move(self, node: fx.Node) -> None:
+        """Let an operator that only moves elements work on integers."""
+        op = operator_of(node)
+        if op is None or op.kind is not Kind.MOVE or node.name not in self.planned:
+            return
+        sources = activation_inputs(node)
+        if not sources or any(source not in self.integers for source in sources):
+            return
+        values = [self.integers[source] for source in sources]
+        if any(value.key != values[0].key for value in values):
+            return
+        integer_of = {source: value.node for source, value in zip(sources, values, strict=True)}
+        args = fx.map_arg(node.args, lambda argument: integer_of.get(argument, argument))
+        if op is PAD and node.args[2] == "constant":
+            args = (*args[:3], self.qparams_by_key(values[0].key).zero_point)
+        with self.graph.inserting_after(node):
+            moved = self.graph.create_node("call_function", op.function, args)
+        self.integers[node] = _Integers(moved, values[0].key)
+
+    def cross_boundaries(self) -> None:
+        """Turn what is left of quantize and dequantize into the backend's modules."""
+        made: dict[tuple[str, object], fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node.target is ops.quantize_per_tensor:
+                module = self.enter(self.qparams(node))
+            elif node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
+                module = self.leave(self.qparams_by_key(_key(node)))
+            else:
+                continue
+            identity = (str(node.target), (node.args[0], *_key(node)))
+            if identity not in made:
+                with self.graph.inserting_before(node):
+                    made[identity] = self.add_module(node.name, module, (node.args[0],))
+            node.replace_all_uses_with(made[identity])
+
+    def add_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+        name = name.replace(".", "_")
+        number = 0
+        while name in self.root._modules:
+            number += 1
+            name = f"{name}_{number}"
+        self.root.add_module(name, module)
+        return self.graph.create_node("call_module", name, args)
+
+    def take_attributes(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                set_tensor(self.root, str(node.target), get_attribute(self.reference, str(node.target)))
+            elif node.op == "call_module" and node.target not in self.root._modules:
+                owner, _, name = str(node.target).rpartition(".")
+                place = self.root
+                for step in owner.split(".") if owner else ():
+                    if step not in place._modules:
+                        place.add_module(step, nn.Module())
+                    place = place.get_submodule(step)
+                place.add_module(name, self.reference.get_submodule(str(node.target)))
+
+
+def _node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def _is_attribute(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
+def _key(node: fx.Node) -> tuple[str, str]:
+    """The names of the scale and the zero point of a quantize or dequantize."""
+    return str(_node(node.args[1]).target), str(_node(node.args[2]).target)

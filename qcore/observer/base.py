@@ -1,0 +1,262 @@
+"""What every observer is: a module that watches a tensor pass and says how to quantize it.
+
+An observer returns its input unchanged. ``calculate_qparams`` turns what it saw into a scale and a zero point.
+Observers are written into a qconfig as constructors, never as instances: :class:`ObserverSpec` is such a
+constructor, and unlike a ``functools.partial`` it compares, hashes, pickles and prints.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcore.dtypes import QScheme, canonical_dtype, canonical_qscheme, dtype_name, dtype_range, is_integer
+from qcore.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ObserverSpec:
+    """An observer class with arguments bound: ``MinMaxObserver.with_args(dtype=torch.int8)``.
+
+    Attributes:
+        observer: the class.
+        arguments: keyword arguments, as sorted pairs.
+    """
+
+    observer: type["ObserverBase"]
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, **overrides: Any) -> "ObserverBase":
+        """A new observer; ``overrides`` win over the bound arguments."""
+        return self.observer(**{**dict(self.arguments), **overrides})
+
+    def with_args(self, **arguments: Any) -> "ObserverSpec":
+        """The same spec with more arguments bound."""
+        merged = {**dict(self.arguments), **arguments}
+        return ObserverSpec(self.observer, tuple(sorted(merged.items())))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value}" for name, value in self.arguments)
+        return f"{self.observer.__name__}({arguments})"
+
+
+class ObserverBase(nn.Module):
+    """Base of all observers.
+
+    Args:
+        dtype: integer dtype of the quantized tensor (``torch.quint8`` and ``torch.qint8`` are read as the plain ones).
+        qscheme: a :class:`~qcore.dtypes.QScheme` or torch's scheme of that name.
+        reduce_range: leave one bit out (0..127 rather than 0..255), for kernels whose 16-bit sums would saturate.
+        quant_min: smallest integer to use; ``None`` leaves it to the backend (the whole dtype, unless a kernel
+            declares a narrower range).
+        quant_max: largest integer to use.
+        eps: smallest scale; ``None`` leaves it to the backend (no floor but float32's smallest normal number).
+        is_dynamic: whether the range is taken at run time from each tensor.
+
+    Raises:
+        ConfigError: the dtype isn't an integer one, or the range doesn't fit it.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.uint8,
+        qscheme: object = QScheme.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float | None = None,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dtype = canonical_dtype(dtype)
+        self.qscheme = canonical_qscheme(qscheme)
+        self.reduce_range = reduce_range
+        self.eps = eps
+        self.is_dynamic = is_dynamic
+        self.quant_min, self.quant_max, self.has_explicit_range = self._choose_range(quant_min, quant_max)
+
+    def _choose_range(self, quant_min: int | None, quant_max: int | None) -> tuple[int, int, bool]:
+        if not is_integer(self.dtype):
+            return 0, 0, False  # A placeholder for a float dtype: there is no range to choose.
+        lowest, highest = dtype_range(self.dtype)
+        if (quant_min is None) != (quant_max is None):
+            raise ConfigError(
+                f"{type(self).__name__}: quant_min={quant_min} and quant_max={quant_max} must be given together"
+            )
+        if quant_min is None or quant_max is None:
+            if self.reduce_range:
+                return lowest // 2, highest // 2, True
+            return lowest, highest, False
+        if self.reduce_range:
+            raise ConfigError(f"{type(self).__name__}: give reduce_range=True or quant_min and quant_max, not both")
+        if not (lowest <= quant_min <= 0 <= quant_max <= highest and quant_min < quant_max):
+            raise ConfigError(
+                f"{type(self).__name__}: the range {quant_min}..{quant_max} must hold 0 and fit "
+                f"{dtype_name(self.dtype)} ({lowest}..{highest})"
+            )
+        return quant_min, quant_max, True
+
+    @classmethod
+    def with_args(cls, **arguments: Any) -> ObserverSpec:
+        """A constructor of this observer with ``arguments`` bound, for use in a QConfig."""
+        return ObserverSpec(cls).with_args(**arguments)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the observer knows enough to give qparams."""
+        raise NotImplementedError(f"{type(self).__name__} must define has_data")
+
+    @property
+    def nonfinite_count(self) -> int:
+        """How many NaN or infinite values came past; they don't enter the range."""
+        return 0
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The scale (float32) and the zero point (int64): 0-d, or one entry for each channel."""
+        raise NotImplementedError(f"{type(self).__name__} gives no qparams")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look at ``x`` and return it unchanged."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def extra_repr(self) -> str:
+        """The dtype, scheme and range, for printing."""
+        return f"{dtype_name(self.dtype)} {self.qscheme.value} {self.quant_min}..{self.quant_max}"
+
+
+class RangeObserver(ObserverBase):
+    """An observer that keeps a smallest and a largest value; what it does with them is the same for all.
+
+    Attributes:
+        min_val: smallest value, ``inf`` before any data; 0-d, or one for each channel.
+        max_val: largest value, ``-inf`` before any data.
+        nonfinite: number of NaN and infinite values that came past.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.register_buffer("min_val", torch.tensor(float("inf")))
+        self.register_buffer("max_val", torch.tensor(float("-inf")))
+        self.register_buffer("nonfinite", torch.tensor(0))
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any finite value was seen."""
+        return bool((self.min_val <= self.max_val).all())
+
+    @property
+    def nonfinite_count(self) -> int:
+        """How many NaN or infinite values came past."""
+        return int(self.nonfinite)
+
+    def finite(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``x`` in float32 without NaN and infinity, with its extremes; counts what it leaves out.
+
+        Returns:
+            ``(values, smallest, largest)``, or ``None`` if nothing finite is left. The shape of ``values`` is that
+            of ``x`` unless something had to be left out.
+        """
+        x = x.detach().to(torch.float32)
+        if x.numel() == 0:
+            return None
+        smallest, largest = torch.aminmax(x)
+        # One look at the two extremes finds any NaN or infinity: aminmax hands both through.
+        if not torch.isfinite(smallest + largest):
+            kept = x[torch.isfinite(x)]
+            self.nonfinite += x.numel() - kept.numel()
+            if kept.numel() == 0:
+                return None
+            smallest, largest = torch.aminmax(kept)
+            return kept, smallest, largest
+        return x, smallest, largest
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for the range seen so far, as torch computes them from a minimum and a maximum."""
+        return qparams_from_range(
+            self.min_val, self.max_val, self.quant_min, self.quant_max, self.dtype, self.qscheme, self.eps
+        )
+
+    def reset_min_max_vals(self) -> None:
+        """Forget what was seen."""
+        self.min_val = torch.full_like(self.min_val, float("inf"))
+        self.max_val = torch.full_like(self.max_val, float("-inf"))
+        self.nonfinite.zero_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A per-channel observer learns its number of channels from its first tensor, so a saved one has another shape
+        # than a fresh one.
+        for name in ("min_val", "max_val"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, torch.empty_like(saved, device=self.min_val.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def qparams_from_range(
+    min_val: Tensor,
+    max_val: Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    qscheme: QScheme,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover ``min_val``..``max_val`` and represent zero exactly.
+
+    Bit for bit what torch's ``UniformQuantizationObserverBase._calculate_qparams`` gives, but for its floor of
+    float32's epsilon under every scale, which flushes tensors below 1e-7 to zero; here the floor is ``eps``, or
+    none. An empty range can be represented by any scale: it gets that of its largest neighbour, or 1.
+
+    Args:
+        min_val: smallest values, 0-d or one for each channel.
+        max_val: largest values, same shape.
+        quant_min: integer that the smallest value maps to.
+        quant_max: integer that the largest value maps to.
+        dtype: integer dtype.
+        qscheme: affine or symmetric.
+        eps: smallest scale.
+
+    Returns:
+        Scale (float32) and zero point (int64), of the shape of ``min_val``.
+    """
+    low = torch.clamp(min_val.to(torch.float32), max=0.0)
+    high = torch.clamp(max_val.to(torch.float32), min=0.0)
+    if qscheme.symmetric:
+        high = torch.maximum(-low, high)
+        scale = high / (float(quant_max - quant_min) / 2)
+        middle = 0 if dtype != torch.uint8 else (quant_min + quant_max + 1) // 2
+        zero_point = torch.full_like(scale, middle, dtype=torch.int64)
+        return _without_zeros(scale, eps), zero_point
+    scale = _without_zeros((high - low) / float(quant_max - quant_min), eps)
+    zero_point = quant_min - torch.round(low / scale).to(torch.int64)
+    return scale, torch.clamp(zero_point, quant_min, quant_max)
+
+
+def _without_zeros(scale: Tensor, eps: float | None) -> Tensor:
+    floor = torch.finfo(torch.float32).tiny if eps is None else eps
+    if eps is None:
+        largest = scale.max() if scale.numel() else scale.new_ones(())
+        neighbour = torch.where(largest > 0, largest, torch.ones_like(largest))
+        scale = torch.where(scale > 0, scale, neighbour)
+    return torch.clamp(scale, min=floor)
+
+
+class DatalessObserver(ObserverBase):
+    """Base for observers whose qparams don't depend on data: they are always ready."""
+
+    @property
+    def has_data(self) -> bool:
+        """Always true: there is nothing to wait for."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+
+__all__ = ["DatalessObserver", "ObserverBase", "ObserverSpec", "RangeObserver", "qparams_from_range"]

@@ -1,0 +1,67 @@
+"""Exponential moving averages of each batch's minimum and maximum."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcore.dtypes import QScheme
+from qcore.observer.base import RangeObserver
+from qcore.observer.min_max import PerChannelMinMaxObserver
+
+
+def _towards(average: Tensor, value: Tensor, constant: float) -> Tensor:
+    """``average`` moved towards ``value`` by ``constant``; the first value replaces the empty average."""
+    moved = average + constant * (value - average)
+    return torch.where(torch.isinf(average), value, moved)
+
+
+class MovingAverageMinMaxObserver(RangeObserver):
+    """Moving average of the minimum and the maximum of the whole tensor.
+
+    Args:
+        averaging_constant: weight of the newest batch, in 0..1.
+        arguments: see :class:`~qcore.observer.base.ObserverBase`.
+    """
+
+    def __init__(self, averaging_constant: float = 0.01, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.averaging_constant = averaging_constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Move the range towards that of ``x`` and return ``x``."""
+        seen = self.finite(x)
+        if seen is not None:
+            _, smallest, largest = seen
+            self.min_val = _towards(self.min_val, smallest, self.averaging_constant)
+            self.max_val = _towards(self.max_val, largest, self.averaging_constant)
+        return x
+
+
+class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
+    """Moving average of the minimum and the maximum of each slice along one axis.
+
+    Args:
+        averaging_constant: weight of the newest batch, in 0..1.
+        ch_axis: the axis.
+        qscheme: a per-channel scheme.
+        arguments: see :class:`~qcore.observer.base.ObserverBase`.
+    """
+
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        ch_axis: int = 0,
+        qscheme: object = QScheme.per_channel_affine,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(ch_axis=ch_axis, qscheme=qscheme, **arguments)
+        self.averaging_constant = averaging_constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Move each channel's range towards that of ``x`` and return ``x``."""
+        extremes = self.channel_extremes(x)
+        if extremes is not None:
+            self.min_val = _towards(self.min_val.expand_as(extremes[0]), extremes[0], self.averaging_constant)
+            self.max_val = _towards(self.max_val.expand_as(extremes[1]), extremes[1], self.averaging_constant)
+        return x

@@ -1,0 +1,76 @@
+"""quantize and dequantize on plain integer tensors, as torch.library operators of the namespace ``qcore``.
+
+They define what a reference model computes: ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``, ties to
+even, and ``x = (q - zero_point) * scale``. Importing this module registers them; they run on any device, under
+``torch.export`` and with fake tensors. Scale (float32) and zero point (int64) are tensors, so that a state_dict holds
+them: 0-d, or one entry for each channel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("qcore", "DEF")
+
+_library.define(
+    "quantize_per_tensor(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, ScalarType dtype)"
+    " -> Tensor"
+)
+_library.define("dequantize_per_tensor(Tensor input, Tensor scale, Tensor zero_point) -> Tensor")
+_library.define(
+    "quantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis, int quant_min, int quant_max,"
+    " ScalarType dtype) -> Tensor"
+)
+_library.define("dequantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis) -> Tensor")
+
+
+def _quantize(input: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    # A multiplication by the reciprocal, as torch's quantize_per_tensor computes it.
+    steps = torch.round(input * (1.0 / scale)) + zero_point
+    return torch.clamp(steps, low, high).to(dtype)
+
+
+def _dequantize(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return (input.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+
+
+def _along(values: Tensor, input: Tensor, axis: int) -> Tensor:
+    shape = [1] * input.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _quantize_per_channel(
+    input: Tensor, scales: Tensor, zero_points: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> Tensor:
+    return _quantize(
+        input, _along(scales, input, axis), _along(zero_points, input, axis), quant_min, quant_max, dtype
+    )
+
+
+def _dequantize_per_channel(input: Tensor, scales: Tensor, zero_points: Tensor, axis: int) -> Tensor:
+    return _dequantize(input, _along(scales, input, axis), _along(zero_points, input, axis))
+
+
+def _fake_quantized(input: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(input, dtype=arguments[-1])
+
+
+def _fake_dequantized(input: Tensor, *_arguments: Any) -> Tensor:
+    return torch.empty_like(input, dtype=torch.float32)
+
+
+for _name, _function, _fake in (
+    ("quantize_per_tensor", _quantize, _fake_quantized),
+    ("dequantize_per_tensor", _dequantize, _fake_dequantized),
+    ("quantize_per_channel", _quantize_per_channel, _fake_quantized),
+    ("dequantize_per_channel", _dequantize_per_channel, _fake_dequantized),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcore::{_name}", _fake, lib=_library)
+
+quantize_per_tensor = torch.ops.qcore.quantize_per_tensor.default
+dequantize_per_tensor = torch.ops.qcore.dequantize_per_tensor.default
+quantize_per_channel = torch.ops.qcore.quantize_per_channel.default
+dequantize_per_channel = torch.ops.qcore.dequantize_per_channel.default

@@ -1,0 +1,73 @@
+"""The backend that the core brings itself: no kernels, everything in float between quantize and dequantize.
+
+It accepts every operator that qcore knows, on any machine, with any integer dtype and scheme; so ``pip install qcore-fx``
+alone prepares, calibrates and runs. It goes through the same hooks as any plugin.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints, ObservationType
+from qcore.fx import operators as op
+from qcore.fx.fuse import BATCH_NORM_FUSIONS, FusionPattern
+from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
+from qcore.qconfig import QConfig, default_histogram_observer, default_per_channel_weight_observer
+from qcore.qconfig_mapping import QConfigMapping
+
+_OWN_OUTPUT = (
+    *op.CONV, *op.CONV_TRANSPOSE, op.LINEAR, op.BATCH_NORM, op.ADD, op.MUL, op.MATMUL, *op.AVG_POOL,
+    *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU,
+)  # fmt: skip
+_ONE_SIDED_FIXED = (op.SIGMOID, op.HARDSIGMOID, op.SOFTMAX)
+
+
+@hookimpl
+def qcore_backend_info() -> BackendInfo:
+    """The lowest priority: any backend with kernels is better."""
+    return BackendInfo("reference", PLUGIN_API, "float between quantize and dequantize, on any machine", -1)
+
+
+@hookimpl
+def qcore_probe() -> Availability:
+    """Nothing is needed."""
+    return Availability(True, isa="any")
+
+
+@hookimpl
+def qcore_backend_config() -> BackendConfig:
+    """Every operator in normal form, with any dtypes."""
+    anything = DTypeConfig()
+    config = BackendConfig("reference")
+    for operator in _OWN_OUTPUT:
+        config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(anything))
+    for operator in (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE):
+        config.set_backend_pattern_config(
+            BackendPatternConfig(operator)
+            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+            .add_dtype_config(anything)
+        )
+    for operator in _ONE_SIDED_FIXED:
+        config.set_backend_pattern_config(
+            BackendPatternConfig(operator).add_dtype_config(_fixed_output(1.0 / 256.0, 0)).add_dtype_config(anything)
+        )
+    return config.set_backend_pattern_config(
+        BackendPatternConfig(op.TANH).add_dtype_config(_fixed_output(2.0 / 256.0, 128)).add_dtype_config(anything)
+    )
+
+
+def _fixed_output(scale: float, zero_point: int) -> DTypeConfig:
+    output = DTypeWithConstraints(torch.uint8, scale_exact_match=scale, zero_point_exact_match=zero_point)
+    return DTypeConfig(input_dtype=torch.uint8, output_dtype=output)
+
+
+@hookimpl
+def qcore_fusion_patterns() -> Sequence[FusionPattern]:
+    """Batch norms are folded."""
+    return BATCH_NORM_FUSIONS
+
+
+@hookimpl
+def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
+    """Histogram observers for activations (uint8), minimum and maximum for each output channel of a weight (int8)."""
+    return QConfigMapping().set_global(QConfig(default_histogram_observer, default_per_channel_weight_observer))

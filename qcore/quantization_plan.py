@@ -1,0 +1,173 @@
+"""QuantizationPlan: what qcore decided for every operator, and why. The answer, as plain data.
+
+``prepare_fx`` makes the plan and keeps it on the model; the passes after it only carry it out. ``explain(model)``
+returns it, and printing it shows a table.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from qcore.backend_config import DTypeConfig
+from qcore.dtypes import dtype_name
+from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one matched operator, or chain of operators.
+
+    Attributes:
+        node: name of the node that gives the result.
+        nodes: names of all nodes of the chain, in the order of execution.
+        operators: their operators' names.
+        path: path of the module that the first of them stands for or is called in.
+        quantized: whether it is computed on integers.
+        rule: the rule of the mapping that chose its qconfig; empty if none did.
+        qconfig: the qconfig.
+        dtype_config: the backend's dtype config that accepted the qconfig.
+        condition: the condition of the backend's pattern, such as ``depthwise``.
+        reason: why it stays float; empty if it doesn't.
+        kernel: what computes it after lowering; empty before.
+    """
+
+    node: str
+    nodes: tuple[str, ...]
+    operators: tuple[str, ...]
+    path: str
+    quantized: bool
+    rule: str
+    qconfig: QConfig | None = None
+    dtype_config: DTypeConfig | None = None
+    condition: str = ""
+    reason: str = ""
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One set of qparams: the observer that finds them, with the range that all who read and write them can take.
+
+    Attributes:
+        constructor: of the observer.
+        traits: what that constructor's observers have in common.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+        eps: smallest scale that a kernel demands.
+        fixed: scale and zero point that a kernel demands.
+    """
+
+    constructor: ObserverConstructor
+    traits: ObserverTraits
+    quant_min: int
+    quant_max: int
+    eps: float | None = None
+    fixed: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A place where an observer stands.
+
+    Attributes:
+        value: name of the node whose output it watches.
+        tensor: which qparams it finds; the same number at several places means the same observer.
+        readers: the nodes that read the quantized value; ``None`` means all.
+    """
+
+    value: str
+    tensor: int
+    readers: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class WeightQuantization:
+    """How one operator's weight is quantized.
+
+    Attributes:
+        node: name of the operator's node.
+        tensor: the observer that finds its qparams.
+    """
+
+    node: str
+    tensor: QuantizedTensor
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """All decisions for a model, and all that the passes need to carry them out.
+
+    Attributes:
+        backend: name of the backend that the plan is made for.
+        decisions: one for each operator or chain, in the order of execution.
+        tensors: the sets of qparams, by number.
+        observations: where observers stand, in the order of execution.
+        shared: nodes whose output has the qparams of their input, with the number of those.
+        absorbed: clamps that the quantize after them makes needless, with the node whose output is quantized there.
+        weights: the weights to quantize.
+        observers: names of the observers in the prepared model, by number of the qparams.
+        notes: what came up later, such as NaN in calibration.
+    """
+
+    backend: str
+    decisions: tuple[Decision, ...]
+    tensors: tuple[QuantizedTensor, ...] = ()
+    observations: tuple[Observation, ...] = ()
+    shared: Mapping[str, int] = field(default_factory=dict)
+    absorbed: Mapping[str, str] = field(default_factory=dict)
+    weights: tuple[WeightQuantization, ...] = ()
+    observers: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[Decision, ...]:
+        """The decisions for operators that are computed on integers."""
+        return tuple(decision for decision in self.decisions if decision.quantized)
+
+    @property
+    def floating(self) -> tuple[Decision, ...]:
+        """The decisions for operators that stay float."""
+        return tuple(decision for decision in self.decisions if not decision.quantized)
+
+    def with_kernels(self, kernels: Mapping[str, str], declined: Mapping[str, str]) -> "QuantizationPlan":
+        """The plan with what lowering did: kernels, and reasons where it had none, by a chain's first node."""
+        decisions = tuple(
+            replace(
+                decision,
+                kernel=kernels.get(decision.nodes[0], ""),
+                reason=declined.get(decision.nodes[0], decision.reason),
+            )
+            for decision in self.decisions
+        )
+        return replace(self, decisions=decisions)
+
+    def summary(self) -> str:
+        """One line: how many operators went to integers, and how many stayed float for which reason."""
+        total, quantized = len(self.decisions), len(self.quantized)
+        line = f"{self.backend}: {quantized} of {total} operators on integers"
+        reasons = Counter(decision.reason for decision in self.floating)
+        return line + "".join(f"; {count} float: {reason}" for reason, count in reasons.most_common())
+
+    def __str__(self) -> str:
+        header = ("operator", "where", "runs in", "by rule", "how, or why not")
+        rows = [header, *(_row(decision) for decision in self.decisions)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        lines.insert(1, "  ".join(["-" * width for width in widths] + ["-" * len(header[-1])]))
+        return "\n".join([self.summary(), "", *(line.rstrip() for line in lines), *(f"note: {n}" for n in self.notes)])
+
+
+def _row(decision: Decision) -> tuple[str, str, str, str, str]:
+    operators = " + ".join(decision.operators)
+    if decision.condition:
+        operators += f" [{decision.condition}]"
+    if not decision.quantized:
+        return operators, decision.path or decision.node, "float", decision.rule or "-", decision.reason
+    config = decision.dtype_config
+    dtypes = ""
+    if config is not None:
+        dtypes = f"{dtype_name(config.input_constraints.dtype)} -> {dtype_name(config.output_constraints.dtype)}"
+        if config.weight_dtype is not None:
+            dtypes += f", weight {dtype_name(config.weight_constraints.dtype)}"
+    how = decision.kernel or decision.reason or "reference"
+    return operators, decision.path or decision.node, dtypes or "integers", decision.rule, how
