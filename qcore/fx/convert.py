@@ -192,11 +192,8 @@ class _Conversion:
         scale, zero_point = observer.calculate_qparams()
         per_channel = observer.qscheme.per_channel
         axis = (int(getattr(observer, "ch_axis", 0)),) if per_channel else ()
-        quantize = ops.quantize_per_channel if per_channel else ops.quantize_per_tensor
         dequantize = ops.dequantize_per_channel if per_channel else ops.dequantize_per_tensor
-        integers = quantize(
-            weight, scale, zero_point, *axis, observer.quant_min, observer.quant_max, observer.dtype
-        )
+        integers = observer.quantize(weight)
         stem = target
         number = 0
         while _has(self.root, stem) or (number == 0 and self.is_read_as_float(source)):

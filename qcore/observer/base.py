@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcore import ops
 from qcore.dtypes import QScheme, canonical_dtype, canonical_qscheme, dtype_name, dtype_range, is_integer
 from qcore.errors import ConfigError
 
@@ -115,6 +116,24 @@ class ObserverBase(nn.Module):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale (float32) and the zero point (int64): 0-d, or one entry for each channel."""
         raise NotImplementedError(f"{type(self).__name__} gives no qparams")
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` as integers with the observer's qparams, each value rounded to the nearest step.
+
+        ``convert_fx`` calls it for weights; an observer that knows a better rounding for them overrides it.
+
+        Args:
+            x: float32, of any shape.
+
+        Returns:
+            A tensor of ``self.dtype`` and the shape of ``x``.
+        """
+        scale, zero_point = self.calculate_qparams()
+        arguments = (self.quant_min, self.quant_max, self.dtype)
+        if not self.qscheme.per_channel:
+            return ops.quantize_per_tensor(x, scale, zero_point, *arguments)  # type: ignore[no-any-return]
+        axis = int(getattr(self, "ch_axis", 0))
+        return ops.quantize_per_channel(x, scale, zero_point, axis, *arguments)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Look at ``x`` and return it unchanged."""

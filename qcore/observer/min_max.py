@@ -1,6 +1,6 @@
 """The smallest and the largest value ever seen, for the whole tensor or for each channel."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,14 +32,23 @@ class PerChannelMinMaxObserver(RangeObserver):
     Args:
         ch_axis: the axis; 0 is the output channel of a convolution's or a linear's weight.
         qscheme: a per-channel scheme.
+        rounding: how a weight is rounded: ``"nearest"``; or ``"sum_preserving"``, which then moves the values nearest
+            to the middle between two steps to the other side until each channel's errors add up to less than half a
+            step. A constant input then gives the same output as before, which takes most of the bias from a
+            quantized convolution behind a ReLU.
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
     """
 
     def __init__(
-        self, ch_axis: int = 0, qscheme: object = QScheme.per_channel_affine, **arguments: Any
+        self,
+        ch_axis: int = 0,
+        qscheme: object = QScheme.per_channel_affine,
+        rounding: Literal["nearest", "sum_preserving"] = "nearest",
+        **arguments: Any,
     ) -> None:
         super().__init__(qscheme=qscheme, **arguments)
         self.ch_axis = ch_axis
+        self.rounding = rounding
 
     def channel_extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Smallest and largest finite value of each channel of ``x``; ``None`` if a channel has none."""
@@ -63,3 +72,37 @@ class PerChannelMinMaxObserver(RangeObserver):
             self.min_val = torch.minimum(self.min_val, extremes[0])
             self.max_val = torch.maximum(self.max_val, extremes[1])
         return x
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` as integers with one scale for each channel, rounded as ``rounding`` says."""
+        if self.rounding == "nearest":
+            return super().quantize(x)
+        scale, zero_point = self.calculate_qparams()
+        rows = x.movedim(self.ch_axis, 0)
+        steps = rows.flatten(1) / scale[:, None] + zero_point[:, None]
+        rounded = sum_preserving_round(steps, self.quant_min, self.quant_max)
+        return rounded.reshape(rows.shape).movedim(0, self.ch_axis).to(self.dtype)
+
+
+def sum_preserving_round(steps: Tensor, low: int, high: int) -> Tensor:
+    """Round each row so that its rounding errors add up to at most half a step, and each is below one step.
+
+    Of all such roundings, the one that moves the fewest values, and those that cost least.
+
+    Args:
+        steps: float values (rows, columns).
+        low: smallest integer allowed.
+        high: largest integer allowed.
+
+    Returns:
+        Integers as floats, of the same shape.
+    """
+    rounded = torch.round(steps).clamp(low, high)
+    errors = rounded - steps
+    total = errors.sum(1)
+    direction = total.sign()[:, None]
+    moved = rounded - direction
+    # Only a value rounded in the direction of the row's error may move: the others would err by more than a step.
+    cost = torch.where((errors * direction > 0) & (moved >= low) & (moved <= high), errors * direction, -torch.inf)
+    rank = cost.argsort(1, descending=True).argsort(1)
+    return torch.where((rank < total.abs().round()[:, None]) & torch.isfinite(cost), moved, rounded)
