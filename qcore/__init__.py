@@ -1,9 +1,9 @@
 """qcore: FX graph mode quantization with a home of its own.
 
-    prepared = prepare_fx(model, get_default_qconfig_mapping("mychip"), (example,))
-    calibrate(prepared, batches)
-    quantized = convert_fx(prepared)
-    print(explain(quantized))
+prepared = prepare_fx(model, get_default_qconfig_mapping("mychip"), (example,))
+calibrate(prepared, batches)
+quantized = convert_fx(prepared)
+print(explain(quantized))
 """
 
 from qcore._version import __version__
@@ -15,9 +15,8 @@ from qcore.backend_config import (
     DTypeWithConstraints,
     ObservationType,
 )
-from qcore.calibrate import calibrate
+from qcore.calibration import calibrate
 from qcore.dtypes import QScheme
-from qcore.explain import explain
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.observer import (
     FixedQParamsObserver,
@@ -46,6 +45,7 @@ from qcore.quantization_plan import Decision, QuantizationPlan
 from qcore.quantize_fx import (
     convert_fx,
     convert_to_reference_fx,
+    explain,
     fuse_fx,
     get_default_qconfig_mapping,
     prepare_fx,

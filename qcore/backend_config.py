@@ -172,6 +172,12 @@ class BackendPatternConfig:
         """Not needed: a backend gives its rewrites through the ``qcore_fusion_patterns`` hook."""
         raise _no_module_swap("set_fuser_method")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BackendPatternConfig) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.pattern))
+
     def __repr__(self) -> str:
         condition = f", condition={self.condition.name}" if self.condition else ""
         return f"BackendPatternConfig({self.pattern!r}{condition}, {len(self.dtype_configs)} dtype configs)"
@@ -207,11 +213,11 @@ class BackendConfig:
             ConfigError: the config has no pattern, or accepts nothing.
         """
         if not isinstance(config, BackendPatternConfig):
-            raise ConfigError(
-                f"BackendConfig {self.name!r}: expected a qcore BackendPatternConfig, found {config!r}"
-            )
+            raise ConfigError(f"BackendConfig {self.name!r}: expected a qcore BackendPatternConfig, found {config!r}")
         if config.pattern is None:
-            raise ConfigError(f"BackendConfig {self.name!r}: a BackendPatternConfig without a pattern; call set_pattern")
+            raise ConfigError(
+                f"BackendConfig {self.name!r}: a BackendPatternConfig without a pattern; call set_pattern"
+            )
         if not config.dtype_configs:
             raise ConfigError(
                 f"BackendConfig {self.name!r}: {config.pattern!r} accepts no dtypes; call add_dtype_config"
@@ -229,6 +235,12 @@ class BackendConfig:
     def configs(self) -> list[BackendPatternConfig]:
         """The patterns, in the order in which they were added."""
         return list(self._configs.values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BackendConfig) and (self.name, self._configs) == (other.name, other._configs)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def __repr__(self) -> str:
         return f"BackendConfig({self.name!r}, {len(self._configs)} patterns)"

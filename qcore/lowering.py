@@ -143,7 +143,7 @@ class KernelModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._packed = None
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 BoundaryBuilder = Callable[[QParams], nn.Module]

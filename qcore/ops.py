@@ -44,9 +44,7 @@ def _along(values: Tensor, input: Tensor, axis: int) -> Tensor:
 def _quantize_per_channel(
     input: Tensor, scales: Tensor, zero_points: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    return _quantize(
-        input, _along(scales, input, axis), _along(zero_points, input, axis), quant_min, quant_max, dtype
-    )
+    return _quantize(input, _along(scales, input, axis), _along(zero_points, input, axis), quant_min, quant_max, dtype)
 
 
 def _dequantize_per_channel(input: Tensor, scales: Tensor, zero_points: Tensor, axis: int) -> Tensor:

@@ -99,6 +99,8 @@ def observer_traits(constructor: ObserverConstructor) -> ObserverTraits:
         raise ConfigError(
             f"{constructor!r} builds a {found}, which isn't a qcore observer; import the observer from qcore.observer"
         )
+    # Only a class or a spec can be told a range by the backend; what any other constructor builds, it has chosen.
+    is_open = _as_spec(constructor) is not None and not observer.has_explicit_range
     fixed = (observer.scale, observer.zero_point) if isinstance(observer, FixedQParamsObserver) else None
     return ObserverTraits(
         dtype=observer.dtype,
@@ -106,7 +108,7 @@ def observer_traits(constructor: ObserverConstructor) -> ObserverTraits:
         ch_axis=getattr(observer, "ch_axis", None),
         quant_min=observer.quant_min,
         quant_max=observer.quant_max,
-        has_explicit_range=observer.has_explicit_range,
+        has_explicit_range=not is_open,
         eps=observer.eps,
         is_dynamic=observer.is_dynamic,
         fixed=fixed,
@@ -121,16 +123,22 @@ def build_observer(
 
     Only an :class:`ObserverSpec` whose user left the range open is told; any other constructor knows its own.
     """
-    if not isinstance(constructor, ObserverSpec):
-        if not (isinstance(constructor, type) and issubclass(constructor, ObserverBase)):
-            return constructor()
-        constructor = ObserverSpec(constructor)
+    spec = _as_spec(constructor)
+    if spec is None:
+        return constructor()
     overrides: dict[str, Any] = {}
     if not traits.has_explicit_range and (quant_min, quant_max) != (traits.quant_min, traits.quant_max):
         overrides.update(quant_min=quant_min, quant_max=quant_max)
     if traits.eps is None and eps is not None:
         overrides.update(eps=eps)
-    return constructor(**overrides)
+    return spec(**overrides)
+
+
+def _as_spec(constructor: ObserverConstructor) -> ObserverSpec | None:
+    if isinstance(constructor, ObserverSpec):
+        return constructor
+    is_class = isinstance(constructor, type) and issubclass(constructor, ObserverBase)
+    return ObserverSpec(constructor) if is_class else None
 
 
 default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)

@@ -60,7 +60,9 @@ class QConfigMapping:
         try:
             re.compile(module_name_regex)
         except re.error as error:
-            raise ConfigError(f"set_module_name_regex: {module_name_regex!r} is no regular expression: {error}") from error
+            raise ConfigError(
+                f"set_module_name_regex: {module_name_regex!r} is no regular expression: {error}"
+            ) from error
         self.module_name_regex_qconfigs[module_name_regex] = _checked(
             qconfig, f"set_module_name_regex({module_name_regex!r})"
         )

@@ -152,7 +152,9 @@ class QuantizationPlan:
         header = ("operator", "where", "runs in", "by rule", "how, or why not")
         rows = [header, *(_row(decision) for decision in self.decisions)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+        ]
         lines.insert(1, "  ".join(["-" * width for width in widths] + ["-" * len(header[-1])]))
         return "\n".join([self.summary(), "", *(line.rstrip() for line in lines), *(f"note: {n}" for n in self.notes)])
 

@@ -1,8 +1,9 @@
-"""The verbs: prepare_fx, convert_fx, convert_to_reference_fx, fuse_fx, and the default mappings."""
+"""The verbs: prepare_fx, convert_fx, convert_to_reference_fx, fuse_fx, explain, and the default mappings."""
 
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from qcore.fx.shapes import propagate_examples
 from qcore.fx.tracer import trace
 from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
+from qcore.quantization_plan import QuantizationPlan
 
 OnUnsupported = Literal["error", "warn", "ignore"]
 
@@ -128,7 +130,9 @@ def convert_fx(
     """
     reference = _reference(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
     if keep_original_weights:
-        raise NotSupportedError("convert_fx(keep_original_weights=True) isn't supported yet; the prepared model keeps them")
+        raise NotSupportedError(
+            "convert_fx(keep_original_weights=True) isn't supported yet; the prepared model keeps them"
+        )
     preparation = reference.preparation
     assert preparation is not None
     if preparation.is_custom_config:
@@ -152,7 +156,11 @@ def convert_to_reference_fx(
 
 
 def fuse_fx(
-    model: nn.Module, fuse_custom_config: Any = None, backend_config: BackendConfig | None = None, *, backend: str | None = None
+    model: nn.Module,
+    fuse_custom_config: Any = None,
+    backend_config: BackendConfig | None = None,
+    *,
+    backend: str | None = None,
 ) -> QGraphModule:
     """Make a copy of a float model with its batch norms folded, and whatever else the backend fuses.
 
@@ -188,6 +196,18 @@ def get_default_qconfig_mapping(backend: str | None = None, version: int = 0) ->
     """
     chosen = best_backend() if backend is None else get_available_backend(backend)
     return chosen.default_qconfig_mapping(version)
+
+
+def explain(model: nn.Module) -> QuantizationPlan:
+    """The plan of a prepared, reference or converted model; printing it shows a table.
+
+    Raises:
+        ConfigError: the model wasn't made by qcore.
+    """
+    preparation = model.preparation if isinstance(model, QGraphModule) else None
+    if preparation is None:
+        raise ConfigError(f"explain needs a model that prepare_fx or convert_fx returned, found {type(model).__name__}")
+    return preparation.plan
 
 
 def _as_mapping(mapping: QConfigMapping | dict[str, Any]) -> QConfigMapping:
@@ -283,7 +303,9 @@ def _report(refusals: Iterable[Refusal], on_unsupported: OnUnsupported) -> None:
         raise UnsupportedQConfigError(lines)
     listed = "\n".join(f"  - {line}" for line in lines)
     warnings.warn(
-        f"these operators stay float, although a rule asks for a qconfig:\n{listed}", UnsupportedQConfigWarning, stacklevel=3
+        f"these operators stay float, although a rule asks for a qconfig:\n{listed}",
+        UnsupportedQConfigWarning,
+        stacklevel=3,
     )
 
 
@@ -302,10 +324,10 @@ def _reference(
         raise NotSupportedError("_remove_qconfig=False: no module of a prepared model carries a qconfig; see explain()")
     if mapping is not None:
         raise NotSupportedError("convert_fx(qconfig_mapping=...) isn't supported yet; give the mapping to prepare_fx")
-    if backend_config is not None and backend_config is not preparation.backend_config:
+    if backend_config is not None and backend_config != preparation.backend_config:
         raise ConfigError(
-            f"convert_fx got another backend_config ({backend_config!r}) than prepare_fx ({preparation.backend_config!r}); "
-            "leave it out: the model remembers the one it was prepared with"
+            f"convert_fx got another backend_config ({backend_config!r}) than prepare_fx "
+            f"({preparation.backend_config!r}); leave it out: the model remembers the one it was prepared with"
         )
     kernels = get_available_backend(preparation.backend).observers()
     if custom is not None:
@@ -313,7 +335,5 @@ def _reference(
         missing = [name for name in names if not hasattr(prepared, name)]
         if missing:
             raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
-        preparation = Preparation(
-            "prepared", preparation.plan, preparation.backend, preparation.backend_config, preparation.is_custom_config, names
-        )
+        preparation = replace(preparation, preserved=names)
     return convert_to_reference(prepared, preparation, kernels)

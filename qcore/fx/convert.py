@@ -110,7 +110,7 @@ class _Conversion:
         for number, observer in self.observers.items():
             if observer.nonfinite_count:
                 self.notes.append(
-                    f"{self.plan.observers[number]} met {observer.nonfinite_count} NaN or infinite values in calibration"
+                    f"{self.plan.observers[number]} met {observer.nonfinite_count} NaN or infinite values"
                 )
         if self.notes:
             listed = "\n".join(f"  - {note}" for note in self.notes)
@@ -163,7 +163,7 @@ class _Conversion:
                 if bound is None:
                     continue
                 cut = int(ops.quantize_per_tensor(
-                    torch.tensor(float(bound)), scale, zero_point, tensor.quant_min, tensor.quant_max, torch.int32  # type: ignore[arg-type]
+                    torch.tensor(float(bound)), scale, zero_point, tensor.quant_min, tensor.quant_max, torch.int32
                 ))  # fmt: skip
                 low, high = (max(low, cut), high) if position == 1 else (low, min(high, cut))
         return low, high

@@ -55,9 +55,7 @@ def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModul
     return module
 
 
-def _chain(
-    node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]
-) -> list[fx.Node] | None:
+def _chain(node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]) -> list[fx.Node] | None:
     chain = [node]
     for key in keys[1:]:
         reader = only_reader(chain[-1])
@@ -81,8 +79,9 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     present = [value for value in parameters if value is not None]
     if training or not all(isinstance(value, fx.Node) and value.op == "get_attr" for value in present):
         return False
-    values = [None if v is None else get_attribute(module, str(v.target)) for v in parameters]  # type: ignore[union-attr]
-    weight, bias, mean, var, gamma, beta = values
+    tensors = [None if v is None else get_attribute(module, str(v.target)) for v in parameters]  # type: ignore[union-attr]
+    weight: Tensor = tensors[0]  # type: ignore[assignment]
+    bias, mean, var, gamma, beta = tensors[1:]
     if mean is None or var is None:
         return False
     rsqrt = torch.rsqrt(var + norm.args[7])

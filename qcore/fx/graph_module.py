@@ -60,7 +60,9 @@ class QGraphModule(fx.GraphModule):
             for name, value in self.__dict__.items()
             if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
         }
-        kept = {name: self.__dict__[name] for name in getattr(self.preparation, "preserved", ()) if name in self.__dict__}
+        kept = {
+            name: self.__dict__[name] for name in getattr(self.preparation, "preserved", ()) if name in self.__dict__
+        }
         nodes = [_frozen(node) for node in self.graph.nodes]
         return _thaw, (attributes, kept, nodes, {"qcore": self.preparation})
 

@@ -96,7 +96,7 @@ def find_matches(
 
 
 def only_reader(node: fx.Node) -> fx.Node | None:
-    """The one node that reads ``node`` as an activation, or ``None`` if several nodes read it, or none, or the output."""
+    """The one node that reads ``node`` as an activation; ``None`` if several do, or none, or the output."""
     if len(node.users) != 1:
         return None
     reader = next(iter(node.users))

@@ -12,9 +12,7 @@ from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
 OBSERVER_PREFIX = "activation_post_process"
 
 
-def make_observer(
-    tensor: QuantizedTensor, kernels: dict[type[ObserverBase], type[ObserverBase]]
-) -> ObserverBase:
+def make_observer(tensor: QuantizedTensor, kernels: dict[type[ObserverBase], type[ObserverBase]]) -> ObserverBase:
     """The observer of one set of qparams.
 
     Args:

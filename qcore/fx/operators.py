@@ -1,7 +1,7 @@
 """The operators that qcore knows, and the one normal form that every way of writing them takes.
 
-``nn.ReLU6()(x)``, ``F.relu6(x)``, ``F.hardtanh(x, 0, 6)`` and ``x.clamp(0, 6)`` are one operator. The tracer writes each
-of them as one and the same node: a call of the operator's function with all arguments in order and none by keyword,
+``nn.ReLU6()(x)``, ``F.relu6(x)``, ``F.hardtanh(x, 0, 6)``, ``x.clamp(0, 6)``: one operator. The tracer writes each of
+them as one and the same node: a call of the operator's function, all arguments in order and none by keyword, and
 weights as ``get_attr`` nodes. The passes, the backends' tables and the lowering rules then speak of operators and
 never of forms. To teach qcore another form, add a line to ``FORMS`` or ``MODULES``.
 """
@@ -88,9 +88,7 @@ AVG_POOL = tuple(
     Operator(f"avg_pool{n}d", function)
     for n, function in ((1, torch.avg_pool1d), (2, torch._C._nn.avg_pool2d), (3, torch._C._nn.avg_pool3d))
 )
-ADAPTIVE_AVG_POOL = tuple(
-    Operator(f"adaptive_avg_pool{n}d", getattr(F, f"adaptive_avg_pool{n}d")) for n in (1, 2, 3)
-)
+ADAPTIVE_AVG_POOL = tuple(Operator(f"adaptive_avg_pool{n}d", getattr(F, f"adaptive_avg_pool{n}d")) for n in (1, 2, 3))
 MEAN = Operator("mean", torch.mean)
 SIGMOID = Operator("sigmoid", torch.sigmoid)
 HARDSIGMOID = Operator("hardsigmoid", F.hardsigmoid)
@@ -273,7 +271,7 @@ def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Call:
     return Call(ELU, (input, alpha), inplace)
 
 
-def _gelu(input: Any, approximate: str = "none") -> Call:
+def _gelu(input: Any, approximate: str = "none") -> Call | None:
     return Call(GELU, (input,)) if approximate == "none" else None
 
 
@@ -484,9 +482,7 @@ MODULES: dict[type[nn.Module], ModuleForm] = {
     nn.Flatten: _plain(lambda m, x: _flatten(x, m.start_dim, m.end_dim)),
     nn.Unflatten: _plain(lambda m, x: _unflatten(x, m.dim, m.unflattened_size)),
     nn.Upsample: _plain(
-        lambda m, x: _interpolate(
-            x, m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor
-        )
+        lambda m, x: _interpolate(x, m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor)
     ),
     nn.UpsamplingNearest2d: _plain(lambda m, x: _interpolate(x, m.size, m.scale_factor)),
     nn.PixelShuffle: _plain(lambda m, x: Call(PIXEL_SHUFFLE, (x, m.upscale_factor))),
@@ -616,7 +612,15 @@ _FORM_OPERATORS: dict[Any, Operator] = {}
 def _probe_forms() -> None:
     value = fx.Graph().placeholder("x")
     for key, form in FORMS.items():
-        for args in ((value,), (value, 1), (value, (1, 1)), ((value,),), (value, value), (value, 0, 1), (value, value, value)):
+        for args in (
+            (value,),
+            (value, 1),
+            (value, (1, 1)),
+            ((value,),),
+            (value, value),
+            (value, 0, 1),
+            (value, value, value),
+        ):
             try:
                 call = form(*args)
             except (TypeError, ValueError):

@@ -170,7 +170,7 @@ class _Planner:
         op = operator_of(node)
         if op is not None:
             return op.name
-        return object_type_name(self.module_types.get(str(node.target), node.target))  # type: ignore[arg-type]
+        return object_type_name(self.module_types.get(str(node.target), node.target))
 
     @staticmethod
     def path(node: fx.Node) -> str:
@@ -323,9 +323,7 @@ class _Planner:
         def number(raw: int) -> int:
             return numbering.setdefault(values.find(raw), len(numbering))
 
-        observations = [
-            Observation(node.name, number(raw), readers) for node, raw, readers in self.in_graph_order()
-        ]
+        observations = [Observation(node.name, number(raw), readers) for node, raw, readers in self.in_graph_order()]
         shared = {
             node.name: number(raw)
             for node, raw in values.outputs.items()
@@ -418,5 +416,3 @@ def _violation(side: str, traits: ObserverTraits, constraints: DTypeWithConstrai
         if zero_point is not None and traits.fixed[1] != zero_point:
             return f"{side} zero point {traits.fixed[1]}, it takes exactly {zero_point}"
     return None
-
-

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import Scope, ScopeContextManager
 
 from qcore.errors import TraceError
 from qcore.fx.graph_module import QGraphModule
 from qcore.fx.operators import FORMS, INPLACE, MODULES, Call
 from qcore.qconfig_mapping import ObjectType
 
-_LIBRARIES = tuple(str(Path(found.__file__).parent) for found in (torch,) if found.__file__) + (
-    str(Path(__file__).parent),
-)
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class NormalFormTracer(fx.Tracer):
     def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            with fx._symbolic_trace.ScopeContextManager(self.scope, fx.proxy.Scope(path, type(m))):
+            with ScopeContextManager(self.scope, Scope(path, type(m))):
                 return forward(*args, **kwargs)
         return self._leaf(m, path, forward, args, kwargs)
 

@@ -187,7 +187,9 @@ def _load(name: str) -> Backend:
     try:
         plugin = importlib.import_module(installed.module)
     except Exception as error:
-        raise _plugin_error(installed, f"importing {installed.module} failed: {type(error).__name__}: {error}") from error
+        raise _plugin_error(
+            installed, f"importing {installed.module} failed: {type(error).__name__}: {error}"
+        ) from error
     return Backend(installed, plugin)
 
 

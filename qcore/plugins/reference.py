@@ -1,7 +1,7 @@
 """The backend that the core brings itself: no kernels, everything in float between quantize and dequantize.
 
-It accepts every operator that qcore knows, on any machine, with any integer dtype and scheme; so ``pip install qcore-fx``
-alone prepares, calibrates and runs. It goes through the same hooks as any plugin.
+It accepts every operator that qcore knows, on any machine, with any integer dtype and scheme; so the core alone
+prepares, calibrates and runs. It goes through the same hooks as any plugin.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,1 @@
+"""Tools for authors of backends: checks that say when a backend is right."""
