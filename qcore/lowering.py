@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from qcore import ops
 from qcore.backend_config import Pattern
+from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
-from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_of, pattern_keys
+from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_of
 
 
 @dataclass(frozen=True)

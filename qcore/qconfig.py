@@ -137,8 +137,9 @@ def build_observer(
 def _as_spec(constructor: ObserverConstructor) -> ObserverSpec | None:
     if isinstance(constructor, ObserverSpec):
         return constructor
-    is_class = isinstance(constructor, type) and issubclass(constructor, ObserverBase)
-    return ObserverSpec(constructor) if is_class else None
+    if isinstance(constructor, type) and issubclass(constructor, ObserverBase):
+        return ObserverSpec(constructor)
+    return None
 
 
 default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)

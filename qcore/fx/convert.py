@@ -77,7 +77,11 @@ class _Conversion:
         self.root = nn.Module()
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.qparam_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
-        self.weight_nodes: dict[tuple[str, int], fx.Node] = {}
+        self.weight_nodes: dict[tuple[str, QuantizedTensor], fx.Node] = {}
+        self.quantized_readers = {weight.node for weight in self.plan.weights}
+        self.clamps_before: dict[str, list[str]] = {}
+        for clamp, result in self.plan.absorbed.items():
+            self.clamps_before.setdefault(result, []).append(clamp)
         self.qparams = {number: observer.calculate_qparams() for number, observer in observers.items()}
         self.notes: list[str] = []
 
@@ -155,9 +159,7 @@ class _Conversion:
         """
         low, high = tensor.quant_min, tensor.quant_max
         scale, zero_point = self.qparams[number]
-        for name, result in self.plan.absorbed.items() if value in self.plan.absorbed else ():
-            if result != value:
-                continue
+        for name in self.clamps_before.get(value, ()):
             for position in (1, 2):
                 bound = self.nodes[name].args[position]
                 if bound is None:
@@ -174,7 +176,7 @@ class _Conversion:
         assert op is not None and op.weight is not None
         source = node.args[op.weight]
         assert isinstance(source, fx.Node)
-        key = (str(source.target), id(planned.tensor.constructor))
+        key = (str(source.target), planned.tensor)
         if key not in self.weight_nodes:
             self.weight_nodes[key] = self.integer_weight(source, planned.tensor)
         args = list(node.args)
@@ -209,8 +211,7 @@ class _Conversion:
             return self.graph.call_function(dequantize, (*attributes, *axis))
 
     def is_read_as_float(self, source: fx.Node) -> bool:
-        planned = {weight.node for weight in self.plan.weights}
-        return any(user.name not in planned for user in source.users)
+        return any(user.name not in self.quantized_readers for user in source.users)
 
     def take_attributes(self) -> None:
         """Copy what the graph still reads from the prepared model."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
+from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
 from qcore.fx.match import only_reader
-from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of, pattern_keys
+from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class _Planner:
         self.traits = traits
         self.backend_name = backend_name
         self.config = backend_config
+        self.accepts = backend_config.name or backend_name
         self.values = _Values()
         self.module_types: dict[str, type[nn.Module]] = {
             str(node.target): type(traced.get_submodule(str(node.target)))
@@ -155,7 +156,7 @@ class _Planner:
 
     def leave_float(self, node: fx.Node) -> None:
         resolution = self.resolution(node)
-        reason = f"{self.backend_name} has no pattern for it"
+        reason = f"{self.accepts} has no pattern for it"
         if resolution.rule and resolution.qconfig is None:
             reason = f"rule {resolution.rule} says float"
         decision = Decision(
@@ -220,7 +221,7 @@ class _Planner:
                 return (reason, False, None) if reason else ("", False, dtype_config)
             if refusal not in refusals:
                 refusals.append(refusal)
-        return f"{self.backend_name} doesn't accept its qconfig: {'; '.join(refusals)}", True, None
+        return f"{self.accepts} doesn't accept its qconfig: {'; '.join(refusals)}", True, None
 
     def weight_problem(self, match: Match) -> str:
         op = operator_of(match.anchor)

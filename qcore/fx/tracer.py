@@ -20,8 +20,8 @@ from torch import fx, nn
 from torch.fx.proxy import Scope, ScopeContextManager
 
 from qcore.errors import TraceError
+from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule
-from qcore.fx.operators import FORMS, INPLACE, MODULES, Call
 from qcore.qconfig_mapping import ObjectType
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))

@@ -1,0 +1,174 @@
+"""The invariants of docs/architecture.md, held to the source itself."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qcore
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = sorted((ROOT / "qcore").rglob("*.py"))
+PLUGIN_PACKAGES = sorted(path for path in ROOT.glob("plugins/*/qcore_*") if path.is_dir())
+PLUGINS = sorted(path for package in PLUGIN_PACKAGES for path in package.rglob("*.py"))
+
+
+def imports(path):
+    """Every module that a file imports, absolute names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def attribute_chains(path):
+    """Every dotted name that a file reads, such as ``torch.ops.quantized.add``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_the_core_names_no_backend(path):
+    found = re.findall(r"fbgemm|qnnpack|onednn|\bx86\b", path.read_text(), re.IGNORECASE)
+    assert not found
+
+
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_the_core_imports_no_plugin(path):
+    assert not [name for name in imports(path) if name.startswith("qcore_")]
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
+def test_nothing_imports_torch_ao(path):
+    banned = re.compile(r"torch\.(ao|quantization)(\.|$)")
+    assert not [name for name in (*imports(path), *attribute_chains(path)) if banned.match(name)]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in (*CORE, *PLUGINS) if path.name != "kernels.py" or path in CORE], ids=relative
+)
+def test_quantized_dtypes_and_kernels_stay_in_kernels_py(path):
+    banned = re.compile(
+        r"torch\.(q(u)?int\d+\w*|quantize_per_\w+|_make_per_\w+|_empty_affine_quantized|ops\.(quantized|onednn)|"
+        r"backends\.quantized\.engine)(\.|$)"
+    )
+    assert not [name for name in attribute_chains(path) if banned.match(name)]
+
+
+def test_a_plugin_has_the_rooms_of_the_house():
+    assert PLUGIN_PACKAGES
+    for package in PLUGIN_PACKAGES:
+        rooms = {path.name for path in package.iterdir()}
+        wanted = {
+            "plugin.py",
+            "backend_config.py",
+            "fusion.py",
+            "observers.py",
+            "lowering.py",
+            "kernels.py",
+            "py.typed",
+        }
+        assert wanted <= rooms, package
+
+
+def test_plugins_use_only_what_a_third_party_can():
+    """No private module and no private name of the core."""
+    for path in PLUGINS:
+        private = [name for name in imports(path) if name.startswith("qcore.") and re.search(r"\._", name)]
+        assert not private, relative(path)
+
+
+def test_modules_are_small():
+    long = {relative(path): count for path in (*CORE, *PLUGINS) if (count := len(path.read_text().splitlines())) > 600}
+    assert not long
+    assert sum(len(path.read_text().splitlines()) for path in CORE) < 4500
+
+
+def layer(path):
+    """The layers of the core, lowest first; a module imports only from its own layer or a lower one."""
+    name = relative(path).removeprefix("qcore/")
+    layers = [
+        ("errors.py", "_version.py"),
+        ("dtypes.py", "ops.py"),
+        ("observer/",),
+        ("qconfig.py", "backend_config.py"),
+        ("qconfig_mapping.py",),
+        ("quantization_plan.py",),
+        ("fx/",),
+        ("lowering.py", "calibration.py"),
+        ("plugins/",),
+        ("quantize_fx.py",),
+        ("__init__.py", "testing/"),
+    ]
+    return next(number for number, names in enumerate(layers) if any(name.startswith(n) for n in names))
+
+
+def test_imports_point_one_way():
+    by_module = {relative(p).removesuffix(".py").replace("/", ".").removesuffix(".__init__"): p for p in CORE}
+    for path in CORE:
+        for name in imports(path):
+            target = by_module.get(name)
+            if target is not None and name != "qcore":
+                assert layer(target) <= layer(path), f"{relative(path)} imports {name}"
+
+
+def test_importing_the_core_loads_no_plugin():
+    script = "import sys, qcore; print([m for m in sys.modules if m.startswith(('qcore_', 'torch.ao.quantization'))])"
+    listed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    before = subprocess.run(
+        [sys.executable, "-c", script.replace(", qcore", ", torch")], capture_output=True, text=True, check=True
+    ).stdout
+    assert listed == before
+
+
+def test_listing_backends_imports_none():
+    script = (
+        "import sys, qcore; n = [b.name for b in qcore.installed_backends()]; "
+        "assert 'reference' in n; print([m for m in sys.modules if m.startswith('qcore_')])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_public_surface_is_sorted_and_complete():
+    assert qcore.__all__ == sorted(qcore.__all__)
+    for name in qcore.__all__:
+        assert getattr(qcore, name) is not None
+    modules = {"backend_config", "calibration", "dtypes", "errors", "fx", "lowering", "observer", "ops", "plugins"}
+    modules |= {"qconfig", "qconfig_mapping", "quantization_plan", "quantize_fx", "testing"}
+    public = {name for name in vars(qcore) if not name.startswith("_")}
+    assert public - modules == set(qcore.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize(
+    "module", ["quantize_fx", "qconfig", "qconfig_mapping", "backend_config", "observer", "fx.custom_config"]
+)
+def test_the_module_paths_that_migration_by_find_and_replace_needs(module):
+    assert importlib.import_module(f"qcore.{module}")
+
+
+def test_every_hook_is_documented():
+    from qcore.plugins import hookspecs
+
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for name in vars(hookspecs):
+        if name.startswith("qcore_"):
+            assert f"`{name}" in page
+
+
+def test_every_error_stands_in_the_drawn_tree():
+    from qcore import errors
+
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, (errors.QcoreError, errors.QcoreWarning)):
+            assert re.search(rf"\b{name}\b", errors.__doc__), name

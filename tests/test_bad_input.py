@@ -1,0 +1,266 @@
+"""Every mistake gets an error of qcore's own that says what was asked, what was found and what to do, before calibration."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qcore
+from qcore import MinMaxObserver, QConfig, QConfigMapping, errors
+
+
+def model():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+
+
+INPUTS = (torch.randn(2, 4),)
+INT8 = QConfig(MinMaxObserver, MinMaxObserver.with_args(dtype=torch.int8, qscheme=torch.per_tensor_symmetric))
+
+
+def prepare(module=None, mapping=None, inputs=INPUTS, **arguments):
+    mapping = QConfigMapping().set_global(INT8) if mapping is None else mapping
+    return qcore.prepare_fx(module or model(), mapping, inputs, backend="reference", **arguments)
+
+
+def test_names_that_match_nothing_are_all_listed_with_what_was_meant():
+    mapping = QConfigMapping().set_module_name("O", INT8).set_module_name("layer1", None)
+    mapping.set_module_name_regex("conv.*", INT8).set_module_name_object_type_order("", nn.Linear, 7, INT8)
+    named = nn.ModuleDict({"layer10": nn.Linear(4, 4)}).eval()
+    named.forward = lambda x: named["layer10"](x)
+    with pytest.raises(errors.ConfigError) as caught:
+        qcore.prepare_fx(named, mapping, INPUTS, backend="reference")
+    assert len(caught.value.problems) == 3
+    assert "set_module_name('layer1') matches no module; did you mean 'layer10'?" in str(caught.value)
+    assert "set_module_name_regex('conv.*') matches no module" in str(caught.value)
+
+
+def test_a_call_number_that_does_not_exist():
+    mapping = QConfigMapping().set_module_name_object_type_order("", nn.Linear, 7, INT8)
+    with pytest.raises(errors.ConfigError, match=r"order\('', Linear, 7\) matches no call"):
+        prepare(mapping=mapping)
+
+
+def test_an_observer_instance():
+    with pytest.raises(errors.ConfigError, match=r"activation=.*instance of MinMaxObserver.*MinMaxObserver.with_args"):
+        QConfig(activation=MinMaxObserver(), weight=MinMaxObserver)
+
+
+def test_observers_that_cannot_be_built_are_all_listed_with_their_rules():
+    wrong = QConfig(MinMaxObserver.with_args(quant_min=3, quant_max=1), MinMaxObserver.with_args(dtype=torch.bool))
+    with pytest.raises(errors.ConfigError) as caught:
+        prepare(mapping=QConfigMapping().set_global(wrong).set_object_type(nn.Linear, QConfig(list, MinMaxObserver)))
+    text = str(caught.value)
+    assert "global, activation: MinMaxObserver: the range 3..1 must hold 0" in text
+    assert "object_type Linear, activation" in text and "isn't a qcore observer" in text
+
+
+def test_a_model_in_training_mode_names_what_is_training():
+    module = model()
+    module[2].train()
+    with pytest.raises(errors.TrainingModeError, match=r"in training mode are: 2\. Call model.eval"):
+        prepare(module)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.randn(2, 5),), r"doesn't run on example_inputs=\(float32\[2, 5\]\): "),
+        ((), r"takes 1 inputs \(input_1\), example_inputs holds 0"),
+        ((torch.randn(2, 4), torch.randn(1)), "example_inputs holds 2"),
+    ],
+    ids=["wrong shape", "too few", "too many"],
+)
+def test_example_inputs_that_the_model_rejects(inputs, message):
+    with pytest.raises(errors.ExampleInputsError, match=message):
+        prepare(inputs=inputs)
+
+
+def test_example_inputs_without_their_tuple():
+    with pytest.raises(errors.ConfigError, match=r"found Tensor; write \(x,\) for one input"):
+        prepare(inputs=torch.randn(2, 4))
+
+
+class Undecided(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_a_model_that_cannot_be_traced_names_submodule_and_line():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Identity(), Undecided())).eval()
+    with pytest.raises(errors.TraceError) as caught:
+        prepare(module)
+    assert caught.value.module_path == "1.1"
+    assert "'1.1' (Undecided)" in str(caught.value)
+    assert "test_bad_input.py" in str(caught.value) and "if x.sum() > 0" in str(caught.value)
+    assert "set_non_traceable_module_names(['1.1'])" in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.module_path, str(again)) == ("1.1", str(caught.value))
+    custom = qcore.PrepareCustomConfig().set_non_traceable_module_names(["1.1"])
+    assert prepare(module, prepare_custom_config=custom)(*INPUTS).shape == (2, 4)  # What the message says helps.
+
+
+WIDE = QConfig(MinMaxObserver.with_args(quant_min=0, quant_max=255), INT8.weight)
+
+
+def narrow_config():
+    narrow = qcore.DTypeWithConstraints(torch.uint8, quant_max_upper_bound=127)
+    return qcore.BackendConfig("narrow").set_backend_pattern_config(
+        qcore.BackendPatternConfig(nn.Linear).add_dtype_config(qcore.DTypeConfig(narrow, torch.uint8, torch.int8))
+    )
+
+
+def prepare_unsupported(on_unsupported):
+    return qcore.prepare_fx(
+        model(), QConfigMapping().set_object_type(nn.Linear, WIDE), INPUTS, backend_config=narrow_config(),
+        on_unsupported=on_unsupported,
+    )  # fmt: skip
+
+
+def test_a_qconfig_that_the_backend_does_not_accept_names_the_constraint():
+    reason = r"linear \+ clamp at 0 \(rule object_type Linear\).*narrow doesn't accept its qconfig: input quant_max 255 > 127 \(quant_max_upper_bound\)"
+    with pytest.raises(errors.UnsupportedQConfigError, match=reason) as caught:
+        prepare_unsupported("error")
+    assert len(caught.value.problems) == 2
+    with pytest.warns(errors.UnsupportedQConfigWarning, match=reason):
+        prepare_unsupported("warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = qcore.explain(prepare_unsupported("ignore"))
+    assert [d.quantized for d in plan.decisions] == [False, False, False]
+    assert "quant_max_upper_bound" in plan.decisions[0].reason
+
+
+def test_an_operator_named_in_the_mapping_that_the_backend_does_not_know():
+    class Cumulated(nn.Module):
+        def forward(self, x):
+            return torch.cumsum(x, 1)
+
+    mapping = QConfigMapping().set_object_type(torch.cumsum, INT8)
+    with pytest.raises(errors.UnsupportedQConfigError, match="cumsum.*reference has no pattern for it"):
+        prepare(Cumulated().eval(), mapping, on_unsupported="error")
+
+
+def test_observers_that_saw_no_data_are_named():
+    prepared = prepare()
+    with pytest.raises(
+        errors.CalibrationError, match="3 of 3 observers saw no data: activation_post_process_0"
+    ) as caught:
+        qcore.convert_fx(prepared)
+    assert caught.value.observers == tuple(f"activation_post_process_{n}" for n in range(3))
+
+
+def test_values_that_are_not_finite_are_reported_by_observer_and_count():
+    prepared = prepare()
+    prepared(*INPUTS)
+    prepared(torch.tensor([[1.0, float("nan"), 2.0, float("inf")]]))
+    with pytest.warns(errors.CalibrationWarning, match="activation_post_process_0 met 2 NaN or infinite values"):
+        converted = qcore.convert_fx(prepared)
+    assert torch.isfinite(converted(*INPUTS)).all()
+    assert "activation_post_process_0 met 2" in str(qcore.explain(converted))
+
+
+def test_a_weight_that_is_not_finite():
+    module = model()
+    module[0].weight.data[0, 0] = float("nan")
+    prepared = prepare(module, mapping=QConfigMapping().set_module_name("0", INT8))
+    for observer in (m for m in prepared.modules() if isinstance(m, qcore.ObserverBase)):
+        observer(torch.randn(4))
+    with pytest.raises(errors.ConfigError, match=r"weight 0\.weight holds NaN"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qcore.convert_fx(prepared)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: prepare(_equalization_config=QConfigMapping()),
+        lambda: qcore.PrepareCustomConfig().set_standalone_module_name("0", None, (), None, None),
+        lambda: qcore.PrepareCustomConfig().set_float_to_observed_mapping(nn.Linear, nn.Linear),
+        lambda: qcore.PrepareCustomConfig().set_input_quantized_indexes([0]),
+        lambda: qcore.PrepareCustomConfig().set_output_quantized_indexes([0]),
+        lambda: qcore.ConvertCustomConfig().set_observed_to_quantized_mapping(nn.Linear, nn.Linear),
+        lambda: qcore.convert_fx(prepare(), qconfig_mapping=QConfigMapping()),
+        lambda: qcore.convert_fx(prepare(), _remove_qconfig=False),
+        lambda: qcore.convert_fx(calibrated(), keep_original_weights=True),
+        lambda: qcore.fuse_fx(model(), backend_config=qcore.BackendConfig()),
+        lambda: qcore.BackendPatternConfig(nn.Linear).set_root_module(nn.Linear),
+        lambda: qcore.BackendPatternConfig(nn.Linear).set_fuser_method(lambda *a: None),
+    ],
+)
+def test_what_is_not_supported_yet_says_so_and_is_never_ignored(call):
+    with pytest.raises(errors.NotSupportedError, match=r".{20}"):
+        call()
+
+
+def calibrated():
+    prepared = prepare()
+    prepared(*INPUTS)
+    return prepared
+
+
+@pytest.mark.parametrize("wrong", [model(), qcore.fuse_fx(model()), "a string"], ids=["float", "fused", "text"])
+def test_converting_what_prepare_did_not_make(wrong):
+    with pytest.raises(errors.ConfigError, match="convert_fx needs what prepare_fx returned"):
+        qcore.convert_fx(wrong)
+
+
+def test_converting_twice_over_says_which_stage_it_is():
+    with pytest.raises(errors.ConfigError, match="found a reference model"):
+        qcore.convert_fx(qcore.convert_fx(calibrated()))
+
+
+def test_another_backend_config_at_convert():
+    with pytest.raises(errors.ConfigError, match="another backend_config"):
+        qcore.convert_fx(calibrated(), backend_config=narrow_config())
+
+
+def test_wrong_types_are_all_listed():
+    with pytest.raises(errors.ConfigError) as caught:
+        qcore.prepare_fx("model", QConfigMapping(), 3, backend="reference", on_unsupported="maybe")
+    assert len(caught.value.problems) == 3
+    with pytest.raises(errors.ConfigError, match="expected a qcore.QConfigMapping, found builtins.list"):
+        prepare(mapping=[])
+    with pytest.raises(errors.ConfigError, match="expected a qcore.QConfig or None"):
+        QConfigMapping().set_global(MinMaxObserver)
+    with pytest.raises(errors.ConfigError, match="found builtins.dict"):
+        prepare(backend_config={})
+
+
+def test_a_pattern_config_without_pattern_or_dtypes():
+    with pytest.raises(errors.ConfigError, match="without a pattern"):
+        qcore.BackendConfig("b").set_backend_pattern_config(qcore.BackendPatternConfig())
+    with pytest.raises(errors.ConfigError, match="accepts no dtypes"):
+        qcore.BackendConfig("b").set_backend_pattern_config(qcore.BackendPatternConfig(nn.Linear))
+
+
+def test_custom_config_names_that_match_nothing():
+    custom = qcore.PrepareCustomConfig().set_non_traceable_module_names(["nope"]).set_preserved_attributes(["gone"])
+    with pytest.raises(errors.ConfigError, match="nope") as caught:
+        prepare(prepare_custom_config=custom)
+    assert len(caught.value.problems) == 2
+
+
+def test_explaining_a_model_that_qcore_did_not_make():
+    with pytest.raises(errors.ConfigError, match="explain needs a model that prepare_fx or convert_fx returned"):
+        qcore.explain(nn.Linear(1, 1))
+
+
+def test_dropping_is_never_silent():
+    """Whatever isn't quantized has a reason in the plan."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return F.relu(self.linear(torch.sin(x))).cumsum(1)
+
+    plan = qcore.explain(prepare(Mixed().eval()))
+    assert all(d.quantized or d.reason for d in plan.decisions)
+    assert len(plan.floating) == 2
