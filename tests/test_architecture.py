@@ -89,10 +89,28 @@ def test_plugins_use_only_what_a_third_party_can():
         assert not private, relative(path)
 
 
+def code_lines(path):
+    """Lines of code: neither blank, nor comment, nor docstring."""
+    text = path.read_text()
+    documented = set()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                documented.update(range(value.lineno, value.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        1 for number, line in lines if line.strip() and not line.strip().startswith("#") and number not in documented
+    )
+
+
 def test_modules_are_small():
-    long = {relative(path): count for path in (*CORE, *PLUGINS) if (count := len(path.read_text().splitlines())) > 600}
-    assert not long
-    assert sum(len(path.read_text().splitlines()) for path in CORE) < 4500
+    assert {relative(path): n for path in (*CORE, *PLUGINS) if (n := code_lines(path)) > 400} == {}
+
+
+def test_the_core_keeps_its_budget():
+    assert sum(code_lines(path) for path in CORE) < 4500
 
 
 def layer(path):
