@@ -62,7 +62,8 @@ class NormalFormTracer(fx.Tracer):
         self._leaf_classes = tuple(leaf_classes)
         self._calls: Counter[tuple[str, ObjectType]] = Counter()
         self._overwritten: dict[fx.Node, fx.Node] = {}
-        self._attributes: dict[str, fx.Proxy | None] = {}
+        self._attributes: dict[str, fx.Proxy] = {}
+        self._tensor_paths: dict[int, str] = {}
         self._origin: Origin | None = None
         self.failed_path: str | None = None
 
@@ -118,11 +119,33 @@ class NormalFormTracer(fx.Tracer):
         self._calls[key] += 1
         return Origin(object_type, is_module, path, self.scope.module_path, self.scope.module_type, index)
 
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        """Trace ``root``; see ``fx.Tracer.trace``."""
+        tensors = [*root.named_buffers(), *root.named_parameters()]
+        self._tensor_paths = {id(tensor): path for path, tensor in tensors}
+        return super().trace(root, concrete_args)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter that a forward reads, as a value of the graph; fx searches the whole model for each."""
+        if isinstance(attr_val, nn.Parameter) and id(attr_val) in self._tensor_paths:
+            return self._tensor(self._tensor_paths[id(attr_val)])
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument as the graph holds it; a buffer by its path, which fx would search the whole model for."""
+        if isinstance(a, torch.Tensor) and id(a) in self._tensor_paths:
+            return self._tensor(self._tensor_paths[id(a)]).node
+        return super().create_arg(a)
+
     def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
-        target = f"{path}.{name}" if path else name
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None:
+            return None
+        return self._tensor(self._tensor_paths.get(id(tensor), f"{path}.{name}"))
+
+    def _tensor(self, target: str) -> fx.Proxy:
         if target not in self._attributes:
-            missing = getattr(module, name) is None
-            self._attributes[target] = None if missing else self.create_proxy("get_attr", target, (), {})
+            self._attributes[target] = self.create_proxy("get_attr", target, (), {})
         return self._attributes[target]
 
     def _emit(self, call: Call, name: str, origin: Origin) -> Any:
