@@ -17,7 +17,7 @@ from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
-from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_of
+from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_named, operator_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class QParams:
     quant_min: int
     quant_max: int
     dtype: torch.dtype
+
+    def quantize(self, value: float) -> int:
+        """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
+        scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
+        arguments = (scale, zero_point, self.quant_min, self.quant_max, torch.int32)
+        return int(ops.quantize_per_tensor(torch.tensor(value), *arguments))
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class QuantizedCall:
         weight: the weight of the first operator.
         bias: the bias of the first operator, float32.
         output: the qparams of the result.
-        input_users: for each input, how many nodes of the graph read the integers besides this call.
+        overwritable: for each input, whether nothing reads its integers after this call, so that a kernel may write its
+            result over them.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -72,7 +79,7 @@ class QuantizedCall:
     weight: QuantizedWeight | None
     bias: Tensor | None
     output: QParams
-    input_users: tuple[int, ...]
+    overwritable: tuple[bool, ...]
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -147,6 +154,66 @@ class KernelModule(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
+class FloatKernel(nn.Module):
+    """Any operator, computed in float within one module: dequantizes its inputs and quantizes its result.
+
+    For operators whose cost doesn't matter much, or that a backend has no better kernel for.
+
+    Args:
+        call: the place; a chain of several operators isn't taken.
+        enter: makes the backend's tensor from a float tensor.
+        leave: goes back.
+    """
+
+    kernel_name = "float within the kernel"
+
+    def __init__(
+        self, call: QuantizedCall, enter: "Callable[[QParams], nn.Module]", leave: "Callable[[QParams], nn.Module]"
+    ) -> None:
+        super().__init__()
+        (node,) = call.nodes
+        op = operator_of(node)
+        assert op is not None
+        self.operator = op.name
+        numbers = {source: number for number, source in enumerate(dict.fromkeys(activation_inputs(node)))}
+        # Positions among the inputs take the place of the nodes; the inputs come in the order in which they are read.
+        order = [numbers[source] for source in activation_inputs(node)]
+        self.places: tuple[Any, ...] = tuple(fx.node.map_aggregate(node.args, lambda a: _placed(a, numbers)))
+        self.order = tuple(order)
+        self.leave = nn.ModuleList(leave(qparams) for qparams in call.inputs)
+        self.enter = enter(call.output)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The operator's result on the inputs' integers."""
+        values = {n: leave(x) for n, leave, x in zip(self.order, self.leave, inputs, strict=True)}
+        args = fx.node.map_aggregate(self.places, lambda a: values[a.number] if isinstance(a, _Place) else a)
+        result: Tensor = self.enter(operator_named(self.operator).function(*args))
+        return result
+
+    @staticmethod
+    def rule(operator: Operator, enter: "BoundaryBuilder", leave: "BoundaryBuilder") -> "LoweringRule":
+        """The rule that computes ``operator`` this way; it declines where a size is computed in the graph."""
+
+        def build(call: QuantizedCall) -> "nn.Module | Declined":
+            sources = set(activation_inputs(call.nodes[0]))
+            if any(argument not in sources for argument in call.nodes[0].all_input_nodes):
+                return Declined("an argument is computed in the graph")
+            return FloatKernel(call, enter, leave)
+
+        return LoweringRule(operator, build)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for an input among the arguments of a :class:`FloatKernel`."""
+
+    number: int
+
+
+def _placed(argument: Any, numbers: dict[fx.Node, int]) -> Any:
+    return _Place(numbers[argument]) if isinstance(argument, fx.Node) else argument
+
+
 BoundaryBuilder = Callable[[QParams], nn.Module]
 
 
@@ -201,6 +268,7 @@ class _Lowering:
 
     def run(self) -> QGraphModule:
         nodes = list(self.graph.nodes)
+        self.position = {node: number for number, node in enumerate(nodes)}
         for node in nodes:
             if node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
                 self.integers[node] = _Integers(_node(node.args[0]), _key(node))
@@ -281,12 +349,22 @@ class _Lowering:
             weight=weight,
             bias=bias,
             output=self.qparams(quantize),
-            input_users=tuple(
-                len(source.users) - 1 + len(value.node.users) - (source.args[0] is value.node)
-                for source, value in zip(sources, values, strict=True)
-            ),
+            overwritable=tuple(self.is_overwritable(value.node, sources, chain[-1]) for value in values),
         )
         return call, [value.node for value in values]
+
+    def is_overwritable(self, integers: fx.Node, sources: list[fx.Node], last: fx.Node) -> bool:
+        """Whether ``integers`` are a kernel's own result that nothing reads after ``last``."""
+        if integers.op != "call_module" and integers.target is not ops.quantize_per_tensor:
+            return False  # A view of something else.
+        if sum(self.integers[source].node is integers for source in sources) != 1:
+            return False
+        readers = [reader for user in integers.users for reader in (user.users if user in self.integers else (user,))]
+        # A node that isn't of the original graph is a kernel, made for an earlier quantize, or moves the integers.
+        return all(
+            self.position.get(reader, -1 if reader.op == "call_module" else len(self.position)) <= self.position[last]
+            for reader in readers
+        )
 
     def weight(self, node: fx.Node, op: Operator) -> tuple[QuantizedWeight, Tensor | None]:
         assert op.weight is not None and op.bias is not None

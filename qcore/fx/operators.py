@@ -108,8 +108,15 @@ _BY_FUNCTION: dict[Any, Operator] = {
     if isinstance(value, Operator)
 }
 
+_BY_NAME: dict[str, Operator] = {value.name: value for value in _BY_FUNCTION.values()}
+
 #: The operators that only move elements, for a backend's table.
 MOVE_OPERATORS: tuple[Operator, ...] = tuple(op for op in _BY_FUNCTION.values() if op.kind is Kind.MOVE)
+
+
+def operator_named(name: str) -> Operator:
+    """The operator of a name."""
+    return _BY_NAME[name]
 
 
 def operator_of(node: fx.Node) -> Operator | None:

@@ -1,0 +1,83 @@
+"""What oneDNN's kernels accept, as tables."""
+
+import torch
+from torch import fx
+
+from qcore.backend_config import (
+    BackendConfig,
+    BackendPatternConfig,
+    Condition,
+    DTypeConfig,
+    DTypeWithConstraints,
+    ObservationType,
+)
+from qcore.dtypes import QScheme
+from qcore.fx import operators as op
+
+#: An activation that the convolution or linear kernel before it computes itself.
+FUSED_ACTIVATIONS = (
+    (op.CONV[1], op.HARDSWISH),
+    (op.CONV[1], op.SILU),
+    (op.LINEAR, op.HARDSWISH),
+    (op.LINEAR, op.SILU),
+    (op.LINEAR, op.GELU),
+    (op.LINEAR, op.LEAKY_RELU),
+    (op.LINEAR, op.TANH),
+)
+
+#: Operators with an output of their own scale.
+UNWEIGHTED = (
+    op.ADD, op.MUL, *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU,
+)  # fmt: skip
+
+#: Operators whose output lies in 0..1.
+FIXED = (op.SIGMOID, op.HARDSIGMOID, op.SOFTMAX)
+
+#: Operators whose output lies in the range of their input.
+SHARING = (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE)
+
+ACTIVATION = DTypeWithConstraints(torch.uint8, qschemes=(QScheme.per_tensor_affine, QScheme.per_tensor_symmetric))
+
+
+def _same_shape(conv: fx.Node) -> bool:
+    """Whether a convolution is added to something of its own shape: the kernel can't broadcast."""
+    (add,) = conv.users
+    shapes = {source.meta["example"].shape for source in op.activation_inputs(add) if "example" in source.meta}
+    return len(shapes) == 1
+
+
+def backend_config(pairs_saturate: bool) -> BackendConfig:
+    """The patterns that the kernels accept.
+
+    Args:
+        pairs_saturate: whether this CPU adds pairs of products in 16 bits. Then weights per channel are scaled by the
+            backend's own observer; weights of one scale for all must keep to 7 bits.
+    """
+    per_channel = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_channel_symmetric,), ch_axis=0)
+    low, high = (-64, 64) if pairs_saturate else (None, None)
+    per_tensor = DTypeWithConstraints(torch.int8, low, high, qschemes=(QScheme.per_tensor_symmetric,))
+    weighted = [DTypeConfig(ACTIVATION, ACTIVATION, weight, torch.float32) for weight in (per_channel, per_tensor)]
+    fixed = DTypeWithConstraints(torch.uint8, scale_exact_match=1.0 / 256.0, zero_point_exact_match=0)
+    fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
+    unweighted = DTypeConfig(ACTIVATION, ACTIVATION)
+
+    config = BackendConfig("x86_onednn")
+    residual = BackendPatternConfig((op.CONV[1], op.ADD)).set_condition(Condition("same shape", _same_shape))
+    config.set_backend_pattern_config(residual.set_dtype_configs(weighted))
+    for pattern in (*op.CONV, op.LINEAR, *FUSED_ACTIVATIONS):
+        config.set_backend_pattern_config(BackendPatternConfig(pattern).set_dtype_configs(weighted))
+    for pattern in UNWEIGHTED:
+        config.set_backend_pattern_config(BackendPatternConfig(pattern).add_dtype_config(unweighted))
+    for pattern in FIXED:
+        config.set_backend_pattern_config(
+            BackendPatternConfig(pattern).add_dtype_config(DTypeConfig(ACTIVATION, fixed))
+        )
+    tanh = BackendPatternConfig(op.TANH).add_dtype_config(DTypeConfig(ACTIVATION, fixed_around_zero))
+    config.set_backend_pattern_config(tanh)
+    for pattern in SHARING:
+        config.set_backend_pattern_config(
+            BackendPatternConfig(pattern)
+            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+            .add_dtype_config(unweighted)
+        )
+    return config

@@ -1,0 +1,74 @@
+"""The hooks of the backend ``x86_onednn``."""
+
+import platform
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from qcore.backend_config import BackendConfig
+from qcore.dtypes import QScheme
+from qcore.fx.fuse import FusionPattern
+from qcore.fx.graph_module import QGraphModule
+from qcore.lowering import lower_with_rules
+from qcore.observer import HistogramObserver, ObserverBase, PerChannelMinMaxObserver
+from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
+from qcore.qconfig import QConfig
+from qcore.qconfig_mapping import QConfigMapping
+from qcore_x86_onednn import kernels
+from qcore_x86_onednn.backend_config import backend_config
+from qcore_x86_onednn.fusion import FUSION_PATTERNS
+from qcore_x86_onednn.lowering import RULES
+from qcore_x86_onednn.observers import observer_kernels
+
+
+@hookimpl
+def qcore_backend_info() -> BackendInfo:
+    """The first choice on an x86 CPU."""
+    return BackendInfo("x86_onednn", PLUGIN_API, "oneDNN kernels on plain integer tensors", priority=30)
+
+
+@hookimpl
+def qcore_probe() -> Availability:
+    """An x86 CPU, and a torch that has the kernels."""
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return Availability(False, f"its kernels are for x86-64, this machine is {machine}; use the backend qnnpack")
+    missing = kernels.missing_kernels()
+    if missing:
+        return Availability(False, f"torch {torch.__version__} lacks {', '.join(missing)}; install a torch with oneDNN")
+    isa = "VNNI" if kernels.has_vnni() else "no VNNI: some weights are scaled so that 16-bit sums can't saturate"
+    return Availability(True, isa=f"{torch.backends.cpu.get_cpu_capability()}, {isa}")
+
+
+@hookimpl
+def qcore_backend_config() -> BackendConfig:
+    """What the kernels accept on this CPU."""
+    return backend_config(pairs_saturate=not kernels.has_vnni())
+
+
+@hookimpl
+def qcore_fusion_patterns() -> Sequence[FusionPattern]:
+    """Batch norms are folded."""
+    return FUSION_PATTERNS
+
+
+@hookimpl
+def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
+    """Weight observers that keep 16-bit sums from saturating, on CPUs where they could."""
+    return {} if kernels.has_vnni() else observer_kernels()
+
+
+@hookimpl
+def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
+    """uint8 activations by least squared error, int8 weights per channel whose rounding keeps each channel's sum."""
+    weight = PerChannelMinMaxObserver.with_args(
+        dtype=torch.int8, qscheme=QScheme.per_channel_symmetric, rounding="sum_preserving"
+    )
+    return QConfigMapping().set_global(QConfig(HistogramObserver.with_args(), weight))
+
+
+@hookimpl
+def qcore_lower(model: QGraphModule) -> nn.Module:
+    """By the table of rules in ``lowering.py``."""
+    return lower_with_rules(model, RULES, enter=kernels.Quantize, leave=kernels.Dequantize)

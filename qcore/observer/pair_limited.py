@@ -1,0 +1,76 @@
+"""Weights for kernels that add pairs of uint8 x int8 products in 16 bits, as x86 CPUs do that have no VNNI.
+
+``vpmaddubsw`` multiplies unsigned by signed bytes and adds neighbouring products into int16, saturating: two weights
+of 127 under activations of 255 lose half their sum. It stays exact as long as, of any pair that a kernel adds, the
+positive weights add up to at most 128 and the negative ones to at least -128. Most channels need little or nothing for that, so
+it costs far less than giving up a bit of all activations or of all weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcore.observer.min_max import PerChannelMinMaxObserver
+
+#: What the weights of a pair may add up to under activations of up to 255: 255 * 128 < 2**15.
+PAIR_LIMIT = 128
+
+
+def largest_pair_sum(pairs: Tensor) -> Tensor:
+    """The largest that the weights of one sign in a pair add up to, in each channel.
+
+    Args:
+        pairs: integer weights (channels, pairs, 2), filled up with zeros.
+
+    Returns:
+        Positive sums (channels,).
+    """
+    values = pairs.to(torch.int32)
+    positive = values.clamp(min=0).sum(2).amax(1)
+    negative = values.clamp(max=0).sum(2).amin(1)
+    return torch.maximum(positive, -negative)
+
+
+class PairLimitedPerChannelMinMaxObserver(PerChannelMinMaxObserver):
+    """Enlarges the scale of just those channels in which a pair could saturate, by as little as suffices.
+
+    A backend's subclass says with :meth:`pairs` which weights its kernels add in pairs.
+
+    Args:
+        arguments: see :class:`~qcore.observer.min_max.PerChannelMinMaxObserver`.
+
+    Attributes:
+        growth: the factor of each channel's scale.
+    """
+
+    growth: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.register_buffer("growth", torch.ones(()))
+
+    @staticmethod
+    def pairs(weight: Tensor) -> Tensor:
+        """The weights (out, in, ...) as the pairs that the kernels add: (out, pairs, 2), filled up with zeros."""
+        raise NotImplementedError("a backend's subclass must say which weights its kernels add in pairs")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen each channel's range by the weight ``x`` and find how much its scale must grow; return ``x``."""
+        super().forward(x)
+        if x.numel() == 0 or not self.has_data:
+            return x
+        self.growth = torch.ones_like(self.max_val)
+        for _ in range(100):
+            worst = largest_pair_sum(self.pairs(self.quantize(x.detach())))
+            excess = worst.to(torch.float32) / PAIR_LIMIT
+            if bool((excess <= 1).all()):
+                break
+            # What rounding adds to a pair falls off in a few small steps.
+            self.growth = torch.where(excess > 1, self.growth * torch.clamp(excess, min=1.002), self.growth)
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale, grown where it must be, and zero point for each channel."""
+        scale, zero_point = super().calculate_qparams()
+        return scale * self.growth, zero_point
