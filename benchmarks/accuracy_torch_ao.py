@@ -64,9 +64,7 @@ def run(model: nn.Module, inputs: Tensor, batch_size: int = 16) -> Tensor:
         return torch.cat([model(batch) for batch in torch.split(inputs, batch_size)])
 
 
-def evaluate(
-    engine: str, network: str, *, calibration_batch: int = 1, mirrored: bool = False
-) -> dict[str, Any]:
+def evaluate(engine: str, network: str, *, calibration_batch: int = 1, mirrored: bool = False) -> dict[str, Any]:
     """Calibrates, quantizes and evaluates one network on one engine.
 
     Args:
@@ -122,15 +120,11 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status, 2 when something that it needs is not installed."""
-    parser = argparse.ArgumentParser(
-        description="Accuracy of torch.ao.quantization on one network and engine."
-    )
+    parser = argparse.ArgumentParser(description="Accuracy of torch.ao.quantization on one network and engine.")
     parser.add_argument("--network", choices=sorted(NETWORKS), required=True)
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--calibration-batch", type=int, default=1, metavar="N")
-    parser.add_argument(
-        "--mirrored", action="store_true", help="evaluate on mirror images of the cutouts too"
-    )
+    parser.add_argument("--mirrored", action="store_true", help="evaluate on mirror images of the cutouts too")
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of text")
     options = parser.parse_args(arguments)

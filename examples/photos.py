@@ -194,9 +194,7 @@ def crops(size: int = 224) -> EvaluationSet:
         for path in files:
             with Image.open(path) as picture:
                 photo = picture.convert("RGB")
-            images += [
-                _to_tensor(_resize(crop, size)) for crop in _five_crops(photo, min(photo.size) * 3 // 4)
-            ]
+            images += [_to_tensor(_resize(crop, size)) for crop in _five_crops(photo, min(photo.size) * 3 // 4)]
         return EvaluationSet(
             name="crops-skimage",
             description=f"{len(images)} unlabelled crops of {len(files)} photos of scikit-image",

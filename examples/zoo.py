@@ -105,9 +105,7 @@ def _same_conv(
     if before != after:
         layers.append((name.replace("conv", "pad"), nn.ZeroPad2d((before, after, before, after))))
     padding = before if before == after else 0
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=padding, groups=groups, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=padding, groups=groups, bias=False)
     return [*layers, (name, conv)]
 
 
@@ -150,9 +148,7 @@ class EfficientNetLite0(nn.Module):
         blocks: list[nn.Module] = []
         for stage in _LITE0_STAGES:
             for index in range(stage.repeats):
-                in_channels, stride = (
-                    (stage.in_channels, stage.stride) if index == 0 else (stage.out_channels, 1)
-                )
+                in_channels, stride = (stage.in_channels, stage.stride) if index == 0 else (stage.out_channels, 1)
                 blocks.append(_MBConvBlock(stage, in_channels, stride, size))
                 size = math.ceil(size / stride)
         self.blocks = nn.Sequential(*blocks)
@@ -228,9 +224,7 @@ _MOBILENET_V2_STAGES = (
 def _conv_bn_relu6(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU6())
 
 

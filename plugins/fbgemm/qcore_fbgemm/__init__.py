@@ -1,0 +1,1 @@
+"""The backend ``fbgemm`` of qcore: torch's FBGEMM kernels."""

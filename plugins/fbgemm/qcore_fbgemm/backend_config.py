@@ -1,0 +1,78 @@
+"""What FBGEMM's kernels accept, as tables."""
+
+import torch
+from torch import fx
+
+from qcore.backend_config import (
+    BackendConfig,
+    BackendPatternConfig,
+    Condition,
+    DTypeConfig,
+    DTypeWithConstraints,
+    ObservationType,
+)
+from qcore.dtypes import QScheme
+from qcore.fx import operators as op
+
+#: Operators with an output of their own scale.
+UNWEIGHTED = (
+    op.ADD, op.MUL, *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU,
+)  # fmt: skip
+
+#: Operators whose output lies in 0..1.
+FIXED = (op.SIGMOID, op.HARDSIGMOID)
+
+#: Operators whose output lies in the range of their input.
+SHARING = (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE)
+
+ACTIVATION = DTypeWithConstraints(torch.uint8, qschemes=(QScheme.per_tensor_affine, QScheme.per_tensor_symmetric))
+
+
+def _is_depthwise(conv: fx.Node) -> bool:
+    weight = conv.args[1]
+    example = weight.meta.get("example") if isinstance(weight, fx.Node) else None
+    return example is not None and example.shape[1] == 1
+
+
+DEPTHWISE = Condition("depthwise", _is_depthwise)
+
+
+def backend_config(has_vnni: bool) -> BackendConfig:
+    """The patterns that the kernels accept.
+
+    Args:
+        has_vnni: whether the CPU has AVX-512 VNNI. Weights per channel are scaled by the backend's own observer where
+            pairs of products could saturate; weights of one scale for all must keep to 7 bits there.
+    """
+    per_channel = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_channel_symmetric,), ch_axis=0)
+    per_tensor = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_tensor_symmetric,))
+    narrow = DTypeWithConstraints(torch.int8, -64, 64, qschemes=(QScheme.per_tensor_symmetric,))
+    dense = [
+        DTypeConfig(ACTIVATION, ACTIVATION, w, torch.float32) for w in (per_channel, per_tensor if has_vnni else narrow)
+    ]
+    depthwise = [DTypeConfig(ACTIVATION, ACTIVATION, w, torch.float32) for w in (per_channel, narrow)]
+    fixed = DTypeWithConstraints(torch.uint8, scale_exact_match=1.0 / 256.0, zero_point_exact_match=0)
+    fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
+    unweighted = DTypeConfig(ACTIVATION, ACTIVATION)
+
+    config = BackendConfig("fbgemm")
+    for operator in op.CONV:
+        pattern = BackendPatternConfig(operator).set_condition(DEPTHWISE)
+        config.set_backend_pattern_config(pattern.set_dtype_configs(depthwise))
+    for operator in (*op.CONV, op.LINEAR):
+        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(dense))
+    for operator in UNWEIGHTED:
+        config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(unweighted))
+    for operator in FIXED:
+        config.set_backend_pattern_config(
+            BackendPatternConfig(operator).add_dtype_config(DTypeConfig(ACTIVATION, fixed))
+        )
+    tanh = BackendPatternConfig(op.TANH).add_dtype_config(DTypeConfig(ACTIVATION, fixed_around_zero))
+    config.set_backend_pattern_config(tanh)
+    for operator in SHARING:
+        config.set_backend_pattern_config(
+            BackendPatternConfig(operator)
+            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+            .add_dtype_config(unweighted)
+        )
+    return config

@@ -1,0 +1,74 @@
+"""The hooks of the backend ``fbgemm``."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from qcore.backend_config import BackendConfig
+from qcore.dtypes import QScheme
+from qcore.fx.fuse import FusionPattern
+from qcore.fx.graph_module import QGraphModule
+from qcore.lowering import lower_with_rules
+from qcore.observer import HistogramObserver, ObserverBase, PerChannelMinMaxObserver
+from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
+from qcore.qconfig import QConfig
+from qcore.qconfig_mapping import QConfigMapping
+from qcore_fbgemm import kernels
+from qcore_fbgemm.backend_config import backend_config
+from qcore_fbgemm.fusion import FUSION_PATTERNS
+from qcore_fbgemm.lowering import RULES
+from qcore_fbgemm.observers import observer_kernels
+
+
+@hookimpl
+def qcore_backend_info() -> BackendInfo:
+    """The second choice on an x86 CPU."""
+    return BackendInfo("fbgemm", PLUGIN_API, "torch's FBGEMM kernels", priority=20)
+
+
+@hookimpl
+def qcore_probe() -> Availability:
+    """A torch that was built with FBGEMM, on a CPU that it supports."""
+    engines = kernels.supported_engines()
+    if kernels.ENGINE not in engines:
+        return Availability(
+            False,
+            f"torch {torch.__version__} offers the engine {kernels.ENGINE!r} not here, only {', '.join(engines) or 'none'}; "
+            "use another backend, or a torch build that has it",
+        )
+    isa = "AVX-512 VNNI" if kernels.has_vnni() else "no AVX-512 VNNI"
+    return Availability(True, isa=f"{torch.backends.cpu.get_cpu_capability()}, {isa}: some weights are scaled")
+
+
+@hookimpl
+def qcore_backend_config() -> BackendConfig:
+    """What the kernels accept on this CPU."""
+    return backend_config(kernels.has_vnni())
+
+
+@hookimpl
+def qcore_fusion_patterns() -> Sequence[FusionPattern]:
+    """Batch norms are folded."""
+    return FUSION_PATTERNS
+
+
+@hookimpl
+def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
+    """Weight observers that keep 16-bit sums from saturating."""
+    return observer_kernels(kernels.has_vnni())
+
+
+@hookimpl
+def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
+    """uint8 activations by least squared error, int8 weights per channel whose rounding keeps each channel's sum."""
+    weight = PerChannelMinMaxObserver.with_args(
+        dtype=torch.int8, qscheme=QScheme.per_channel_symmetric, rounding="sum_preserving"
+    )
+    return QConfigMapping().set_global(QConfig(HistogramObserver.with_args(), weight))
+
+
+@hookimpl
+def qcore_lower(model: QGraphModule) -> nn.Module:
+    """By the table of rules in ``lowering.py``."""
+    return lower_with_rules(model, RULES, enter=kernels.Quantize, leave=kernels.Dequantize)

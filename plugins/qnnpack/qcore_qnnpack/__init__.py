@@ -1,0 +1,1 @@
+"""The backend ``qnnpack`` of qcore: torch's QNNPACK kernels."""

@@ -1,0 +1,302 @@
+"""The one room that knows torch's quantized tensors and the QNNPACK engine.
+
+Between kernels, values are quantized tensors, so that a chain stays in one family. The engine matters only while weights
+are packed: a packed weight remembers its engine, and of the other operators only those are used, and in those forms, that
+give the same bits whatever engine the process is set to.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcore.lowering import KernelModule, QParams, QuantizedWeight
+
+ENGINE = "qnnpack"
+_LIBRARY = torch.ops.quantized
+_DTYPE = torch.quint8
+_packing = threading.Lock()
+
+
+def supported_engines() -> list[str]:
+    """The engines that this torch offers on this machine."""
+    return [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+
+
+@contextmanager
+def _engine() -> Iterator[None]:
+    """Pack weights for this engine: it is a setting of the process, so one thread at a time, and put back."""
+    with _packing, warnings.catch_warnings():
+        # torch says that quantized dtypes are deprecated; users of qcore needn't hear it.
+        warnings.simplefilter("ignore")
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = ENGINE
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
+
+
+def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """A quantized tensor on the storage of a plain one."""
+    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE)
+    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+def _as_plain(x: Tensor) -> Tensor:
+    """A plain tensor on the storage of a quantized one."""
+    shell = torch.empty(0, dtype=torch.uint8)
+    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+class _Kernel(KernelModule):
+    """A kernel whose ``pack`` gives the function to call."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The result as a quantized tensor."""
+        run: Callable[..., Tensor] = self._packed or self.packed()
+        return run(*inputs)
+
+
+class Quantize(_Kernel):
+    """Float to quantized.
+
+    Args:
+        output: the qparams.
+    """
+
+    kernel_name = "quantize"
+
+    def __init__(self, output: QParams) -> None:
+        super().__init__()
+        self.add_qparams("output", output)
+        self.bounds = _narrower(output)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The function with its constants bound."""
+        scale, zero_point = self.qparams("output")
+        quantize = torch.quantize_per_tensor
+        with _engine():
+            quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
+        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+
+
+class Dequantize(_Kernel):
+    """Quantized to float.
+
+    Args:
+        input: the qparams; the tensor knows them itself.
+    """
+
+    kernel_name = "dequantize"
+
+    def __init__(self, input: QParams) -> None:
+        super().__init__()
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """Torch's own."""
+        return torch.dequantize
+
+
+class _Weighted(_Kernel):
+    """What convolution and linear kernels have in common: the state.
+
+    Args:
+        weight: int8, symmetric.
+        bias: float32.
+        output: qparams of the result.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, output: QParams) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale.to(torch.float32))
+        self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
+        self.add_qparams("output", output)
+        self.bounds = _narrower(output)
+        self.relu = ""
+        if self.bounds == (output.zero_point, 255):
+            self.relu, self.bounds = "_relu", None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the packing functions take it."""
+        if self.weight_scale.dim() == 0:
+            return torch._make_per_tensor_quantized_tensor(self.weight, float(self.weight_scale), 0)
+        zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int64)
+        return torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
+
+    def extra_repr(self) -> str:
+        """The weight's shape."""
+        return f"weight={tuple(self.weight.shape)}"
+
+
+class QConv(_Weighted):
+    """A convolution of 1, 2 or 3 dimensions.
+
+    Args:
+        weight: int8, symmetric, (out, in / groups, ...).
+        bias: float32.
+        output: qparams of the result.
+        geometry: stride, padding, dilation (one number for each dimension) and groups.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        output: QParams,
+        geometry: tuple[list[int], list[int], list[int], int],
+    ) -> None:
+        super().__init__(weight, bias, output)
+        self.geometry = geometry
+
+    @property
+    def kernel_name(self) -> str:
+        """For ``explain``."""
+        return f"QNNPACK conv{self.weight.dim() - 2}d{self.relu}"
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        dimensions = self.weight.dim() - 2
+        with _engine():
+            prepack = getattr(_LIBRARY, f"conv{dimensions}d_prepack")
+            packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
+        kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
+        overload = kernel.default if dimensions == 1 else kernel.new
+        scale, zero_point = self.qparams("output")
+        return _bounded(lambda x: overload(x, packed, scale, zero_point), self.bounds)
+
+
+class QLinear(_Weighted):
+    """A linear layer on inputs of any number of leading dimensions."""
+
+    @property
+    def kernel_name(self) -> str:
+        """For ``explain``."""
+        return f"QNNPACK linear{self.relu}"
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        with _engine():
+            packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
+        kernel = getattr(_LIBRARY, f"linear{self.relu}").default
+        scale, zero_point = self.qparams("output")
+        return _bounded(lambda x: kernel(x, packed, scale, zero_point), self.bounds)
+
+
+class QAdd(_Kernel):
+    """A sum of two activations, of the same shape or broadcast.
+
+    Args:
+        output: qparams of the result.
+    """
+
+    kernel_name = "quantized::add"
+
+    def __init__(self, output: QParams) -> None:
+        super().__init__()
+        self.add_qparams("output", output)
+        self.bounds = _narrower(output)
+
+    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The kernel with its constants bound; the form with an output doesn't look at the engine."""
+        add, empty = _LIBRARY.add.out, torch._empty_affine_quantized
+        scale, zero_point = self.qparams("output")
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            if a.shape != b.shape:
+                return torch.quantize_per_tensor(a.dequantize() + b.dequantize(), scale, zero_point, _DTYPE)
+            layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
+            out = empty(a.shape, scale=scale, zero_point=zero_point, dtype=_DTYPE, memory_format=layout)
+            add(a, b, out)
+            return out
+
+        return _bounded(run, self.bounds)
+
+
+class QMul(_Kernel):
+    """A product of two activations, of the same shape or broadcast.
+
+    Args:
+        output: qparams of the result.
+    """
+
+    kernel_name = "quantized::mul"
+
+    def __init__(self, output: QParams) -> None:
+        super().__init__()
+        self.add_qparams("output", output)
+        self.bounds = _narrower(output)
+
+    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        mul = _LIBRARY.mul.default
+        scale, zero_point = self.qparams("output")
+        return _bounded(lambda a, b: mul(a, b, scale, zero_point), self.bounds)
+
+
+class QClamp(_Kernel):
+    """A clamp on integers as they are.
+
+    Args:
+        low: smallest integer.
+        high: largest integer.
+    """
+
+    kernel_name = "clamp on integers"
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """Torch's clamp of quantized tensors depends on the engine, and is wrong for channels_last in one of them."""
+        low, high = self.low, self.high
+        return lambda x: _as_quantized(_as_plain(x).clamp(low, high), x.q_scale(), x.q_zero_point())
+
+
+class QPad(_Kernel):
+    """Padding, by zero or by the input's own values.
+
+    Args:
+        pad: as in ``F.pad``.
+        mode: as in ``F.pad``.
+    """
+
+    kernel_name = "pad on integers"
+
+    def __init__(self, pad: tuple[int, ...], mode: str) -> None:
+        super().__init__()
+        self.pad, self.mode = pad, mode
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The function with its constants bound."""
+        pad, mode = self.pad, self.mode
+        return lambda x: F.pad(x, pad, mode)
+
+
+def _narrower(output: QParams) -> tuple[int, int] | None:
+    """The range of a result, if it is narrower than what a kernel writes."""
+    bounds = (output.quant_min, output.quant_max)
+    return None if bounds == (0, 255) else bounds
+
+
+def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
+    if bounds is None:
+        return run
+    low, high = bounds
+
+    def bounded(*inputs: Tensor) -> Tensor:
+        y = run(*inputs)
+        _as_plain(y).clamp_(low, high)  # On the storage of y itself.
+        return y
+
+    return bounded

@@ -1,0 +1,84 @@
+"""Which kernel computes which operator: the table of rules, and the functions that read an operator's arguments."""
+
+from typing import Any
+
+from torch import nn
+
+from qcore.fx import operators as op
+from qcore.fx.operators import Operator
+from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
+from qcore_qnnpack import kernels
+
+
+def conv(call: QuantizedCall) -> nn.Module | Declined:
+    """A convolution."""
+    assert call.weight is not None
+    _, _, _, stride, padding, dilation, groups = call.args
+    padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
+    if padding is None:
+        return Declined("padding 'same' isn't symmetric here")
+    geometry = (list(stride), padding, list(dilation), groups)
+    return kernels.QConv(call.weight, call.bias, call.output, geometry)
+
+
+def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
+    """Padding as numbers; ``None`` if it isn't the same on both sides."""
+    if padding == "valid":
+        return [0] * len(kernel)
+    if padding == "same":
+        total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return [number // 2 for number in total] if all(number % 2 == 0 for number in total) else None
+    return list(padding)
+
+
+def linear(call: QuantizedCall) -> nn.Module | Declined:
+    """A linear layer."""
+    assert call.weight is not None
+    return kernels.QLinear(call.weight, call.bias, call.output)
+
+
+def add(call: QuantizedCall) -> nn.Module | Declined:
+    """A sum of two activations; with a number, in float."""
+    return kernels.QAdd(call.output) if len(call.inputs) == 2 else _float_kernel(call)
+
+
+def mul(call: QuantizedCall) -> nn.Module | Declined:
+    """A product of two activations; with a number, in float."""
+    return kernels.QMul(call.output) if len(call.inputs) == 2 else _float_kernel(call)
+
+
+def clamp(call: QuantizedCall) -> nn.Module | Declined:
+    """A clamp that no quantize absorbed; input and output have the same qparams."""
+    low, high = call.output.quant_min, call.output.quant_max
+    cuts = [None if bound is None else call.output.quantize(float(bound)) for bound in call.args[1:3]]
+    return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
+
+
+def pad(call: QuantizedCall) -> nn.Module | Declined:
+    """Padding; a quantized tensor is padded by a real zero, not by an integer."""
+    return kernels.QPad(call.args[1], call.args[2])
+
+
+def _float_kernel(call: QuantizedCall) -> nn.Module:
+    return FloatKernel(call, kernels.Quantize, kernels.Dequantize)
+
+
+def _in_float(operator: Operator) -> LoweringRule:
+    return FloatKernel.rule(operator, kernels.Quantize, kernels.Dequantize)
+
+
+RULES: tuple[LoweringRule, ...] = (
+    *(LoweringRule(operator, conv) for operator in op.CONV),
+    LoweringRule(op.LINEAR, linear),
+    LoweringRule(op.ADD, add),
+    LoweringRule(op.MUL, mul),
+    LoweringRule(op.CLAMP, clamp),
+    LoweringRule(op.PAD, pad),
+    *(
+        _in_float(operator)
+        for operator in (
+            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.HARDSIGMOID, op.SIGMOID, op.TANH,
+            op.LEAKY_RELU, op.ELU, op.INTERPOLATE, op.CAT, op.STACK, op.MAX_POOL[2],
+        )
+    ),
+)  # fmt: skip
