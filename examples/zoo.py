@@ -131,6 +131,7 @@ class _MBConvBlock(nn.Module):
         self.has_shortcut = stride == 1 and in_channels == stage.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output for a batch."""
         y: Tensor = self.body(x)
         return x + y if self.has_shortcut else y
 
@@ -165,6 +166,7 @@ class EfficientNetLite0(nn.Module):
         self.head = nn.Sequential(OrderedDict(head))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output for a batch."""
         y: Tensor = self.head(self.blocks(self.stem(x)))
         return y
 
@@ -244,6 +246,7 @@ class _InvertedResidual(nn.Module):
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output for a batch."""
         y: Tensor = self.conv(x)
         return x + y if self.has_shortcut else y
 
@@ -267,6 +270,7 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output for a batch."""
         y: Tensor = self.classifier(self.flatten(self.pool(self.features(x))))
         return y
 
@@ -317,6 +321,7 @@ class _Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output for a batch."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.relu2(self.bn2(self.conv2(y)))
@@ -348,6 +353,7 @@ class ResNet50(nn.Module):
         self.fc = nn.Linear(2048, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output for a batch."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         y: Tensor = self.fc(self.flatten(self.avgpool(x)))

@@ -47,10 +47,9 @@ def backend_config(has_vnni: bool) -> BackendConfig:
     per_channel = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_channel_symmetric,), ch_axis=0)
     per_tensor = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_tensor_symmetric,))
     narrow = DTypeWithConstraints(torch.int8, -64, 64, qschemes=(QScheme.per_tensor_symmetric,))
-    dense = [
-        DTypeConfig(ACTIVATION, ACTIVATION, w, torch.float32) for w in (per_channel, per_tensor if has_vnni else narrow)
-    ]
-    depthwise = [DTypeConfig(ACTIVATION, ACTIVATION, w, torch.float32) for w in (per_channel, narrow)]
+    wide = per_tensor if has_vnni else narrow
+    dense = [DTypeConfig(ACTIVATION, ACTIVATION, weight, torch.float32) for weight in (per_channel, wide)]
+    depthwise = [DTypeConfig(ACTIVATION, ACTIVATION, weight, torch.float32) for weight in (per_channel, narrow)]
     fixed = DTypeWithConstraints(torch.uint8, scale_exact_match=1.0 / 256.0, zero_point_exact_match=0)
     fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
     unweighted = DTypeConfig(ACTIVATION, ACTIVATION)

@@ -1,8 +1,8 @@
 """The one room that knows torch's quantized tensors and the QNNPACK engine.
 
-Between kernels, values are quantized tensors, so that a chain stays in one family. The engine matters only while weights
-are packed: a packed weight remembers its engine, and of the other operators only those are used, and in those forms, that
-give the same bits whatever engine the process is set to.
+Between kernels, values are quantized tensors, so that a chain stays in one family. The engine matters only while
+weights are packed: a packed weight remembers its engine, and of the other operators only those are used, and in those
+forms, that give the same bits whatever engine the process is set to.
 """
 
 import threading
@@ -278,9 +278,16 @@ class QPad(_Kernel):
         self.pad, self.mode = pad, mode
 
     def pack(self) -> Callable[[Tensor], Tensor]:
-        """The function with its constants bound."""
+        """On the integers themselves, which is many times faster than torch's padding of quantized tensors."""
         pad, mode = self.pad, self.mode
-        return lambda x: F.pad(x, pad, mode)
+
+        def run(x: Tensor) -> Tensor:
+            zero_point = x.q_zero_point()
+            # Only a constant may be given a value; elsewhere F.pad repeats what is there.
+            padded = F.pad(_as_plain(x), pad, mode, zero_point if mode == "constant" else None)
+            return _as_quantized(padded, x.q_scale(), zero_point)
+
+        return run
 
 
 def _narrower(output: QParams) -> tuple[int, int] | None:

@@ -34,8 +34,8 @@ def qcore_probe() -> Availability:
     if kernels.ENGINE not in engines:
         return Availability(
             False,
-            f"torch {torch.__version__} offers the engine {kernels.ENGINE!r} not here, only {', '.join(engines) or 'none'}; "
-            "use another backend, or a torch build that has it",
+            f"torch {torch.__version__} offers the engines {', '.join(engines) or 'none'} here, not {kernels.ENGINE}; "
+            "use another backend, or a build of torch that has it",
         )
     return Availability(True, isa=torch.backends.cpu.get_cpu_capability())
 
