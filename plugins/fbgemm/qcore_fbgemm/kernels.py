@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,13 +172,39 @@ class QConv(_Weighted):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
         dimensions = self.weight.dim() - 2
+        geometry, extended = self._with_usual_padding()
         with _engine():
             prepack = getattr(_LIBRARY, f"conv{dimensions}d_prepack")
-            packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
+            packed = prepack(self.quantized_weight(), self.bias, *geometry)
         kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
-        return _bounded(lambda x: overload(x, packed, scale, zero_point), self.bounds)
+
+        def run(x: Tensor) -> Tensor:
+            y: Tensor = overload(x, packed, scale, zero_point)
+            return y
+
+        return _bounded(run if extended is None else _sliced(run, *extended), self.bounds)
+
+    def _with_usual_padding(self) -> tuple[tuple[Any, ...], tuple[list[int], list[int], list[int], list[int]] | None]:
+        """A 2d depthwise convolution without padding, as one with half its kernel's size, of which a part is kept.
+
+        FBGEMM's fast depthwise kernels know no other padding; the general one is some sixty times slower.
+
+        Returns:
+            The geometry, and for each dimension: rows to put before the input, results to drop at the start, kernel
+            size and stride; ``None`` where nothing is to be done.
+        """
+        stride, padding, dilation, groups = self.geometry
+        kernel = list(self.weight.shape[2:])
+        is_depthwise = self.weight.shape[1] == 1 and groups == self.weight.shape[0]
+        if not is_depthwise or kernel not in ([3, 3], [5, 5]) or any(padding) or max(dilation) > 1:
+            return self.geometry, None
+        half = [size // 2 for size in kernel]
+        # The windows must begin where those of the unpadded convolution begin: at a multiple of the stride.
+        before = [-pad % step for pad, step in zip(half, stride, strict=True)]
+        dropped = [(pad + rows) // step for pad, rows, step in zip(half, before, stride, strict=True)]
+        return (stride, half, dilation, groups), (before, dropped, kernel, list(stride))
 
 
 class QLinear(_Weighted):
@@ -293,6 +320,20 @@ class QPad(_Kernel):
             return _as_quantized(padded, x.q_scale(), zero_point)
 
         return run
+
+
+def _sliced(
+    run: Callable[[Tensor], Tensor], before: list[int], dropped: list[int], kernel: list[int], stride: list[int]
+) -> Callable[[Tensor], Tensor]:
+    """``run`` on an input with rows and columns put before it, and of its result the part that was wanted."""
+    pad = QPad((before[1], 0, before[0], 0), "constant").pack() if any(before) else None
+
+    def sliced(x: Tensor) -> Tensor:
+        high, wide = ((x.shape[2 + n] - kernel[n]) // stride[n] + 1 for n in (0, 1))
+        y = run(x if pad is None else pad(x))
+        return y[:, :, dropped[0] : dropped[0] + high, dropped[1] : dropped[1] + wide]
+
+    return sliced
 
 
 def _narrower(output: QParams) -> tuple[int, int] | None:
