@@ -69,5 +69,6 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 
 @hookimpl
 def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
-    """Histogram observers for activations (uint8), minimum and maximum for each output channel of a weight (int8)."""
-    return QConfigMapping().set_global(QConfig(default_histogram_observer, default_per_channel_weight_observer))
+    """uint8 activations by least squared error, int8 weights per channel whose rounding keeps each channel's sum."""
+    weight = default_per_channel_weight_observer.with_args(rounding="sum_preserving")
+    return QConfigMapping().set_global(QConfig(default_histogram_observer, weight))

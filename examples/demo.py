@@ -1,0 +1,199 @@
+"""Two ImageNet networks from float to int8 on every installed backend, by qcore's public API alone.
+
+Weights and photos ship inside packages (``examples/requirements.txt``); nothing is downloaded at run time::
+
+    python examples/demo.py
+    python examples/demo.py --networks mobilenet_v2 --backends fbgemm --quick
+"""
+
+import argparse
+import io
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import qcore
+from benchmarks.metrics import agreement, sqnr_db
+from examples.photos import EvaluationSet, evaluation_set, imagenet_photos
+from examples.zoo import NETWORKS, MissingPackageError
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 100)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the table shows of one network on one backend."""
+
+    network: str
+    backend: str
+    agreement: float
+    sqnr_db: float
+    milliseconds: float
+    float_milliseconds: float
+    megabytes: float
+    float_megabytes: float
+
+
+def run(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The outputs for many inputs, a few at a time."""
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in inputs.split(8)])
+
+
+def size_on_disk(model: nn.Module) -> float:
+    """Megabytes that the saved state takes."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell() / 1e6
+
+
+def latency(models: Sequence[nn.Module], example: Tensor, rounds: int) -> list[float]:
+    """Median milliseconds of a call, each model in turn in every round."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for number in range(rounds + 3):
+            for model, taken in zip(models, times, strict=True):
+                start = time.perf_counter()
+                model(example)
+                if number >= 3:  # The first calls pack weights and warm caches.
+                    taken.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(taken) for taken in times]
+
+
+def choose_backends(wanted: Sequence[str]) -> list[str]:
+    """The backends that this machine can run, the reference backend last; says why others can't."""
+    names = wanted or sorted((b.name for b in qcore.installed_backends()), key=lambda name: name == "reference")
+    usable = []
+    for name in names:
+        availability = qcore.get_backend(name).availability
+        CONSOLE.print(f"  {name:12}", availability.isa if availability.ok else f"not here: {availability.reason}")
+        if availability.ok:
+            usable.append(name)
+    return usable
+
+
+def quantize(model: nn.Module, backend: str, photos: Tensor, label: str) -> nn.Module:
+    """The whole way from float to integers."""
+    mapping = qcore.get_default_qconfig_mapping(backend)
+    prepared = qcore.prepare_fx(model, mapping, (photos[:1],))
+
+    def progress(batches: Iterable[Any]) -> Iterable[Any]:
+        return track(list(batches), description=f"calibrating {label}", console=CONSOLE)
+
+    qcore.calibrate(prepared, photos.split(1), progress=progress)
+    return qcore.convert_fx(prepared)
+
+
+def compare(
+    network: str, backends: Sequence[str], evaluation: EvaluationSet, rounds: int
+) -> tuple[list[Result], nn.Module]:
+    """One network on every backend; returns the rows and the model of the first backend."""
+    entry = NETWORKS[network]
+    model = entry.build()
+    photos = entry.preprocess(torch.stack(imagenet_photos(entry.input_size)[0]))
+    inputs = entry.preprocess(torch.stack(evaluation.images))
+    expected = run(model, inputs)
+    converted = {name: quantize(model, name, photos, f"{network} for {name}") for name in backends}
+    float_ms, *milliseconds = latency([model, *converted.values()], photos[:1], rounds)
+    rows = [
+        Result(
+            network,
+            name,
+            agreement(expected, found := run(quantized, inputs)),
+            sqnr_db(expected, found),
+            taken,
+            float_ms,
+            size_on_disk(quantized),
+            size_on_disk(model),
+        )
+        for (name, quantized), taken in zip(converted.items(), milliseconds, strict=True)
+    ]
+    return rows, next(iter(converted.values()))
+
+
+def print_table(results: Sequence[Result], evaluation: EvaluationSet) -> None:
+    """The table, and what it was measured on."""
+    table = Table(title="int8 beside float")
+    for heading in ("network", "backend"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("same top class", "SQNR", "batch 1", "speed", "on disk", "of float"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, row in enumerate(results):
+        is_last = number + 1 == len(results) or results[number + 1].network != row.network
+        table.add_row(
+            row.network,
+            row.backend,
+            f"{row.agreement:.3f}",
+            f"{row.sqnr_db:.1f} dB",
+            f"{row.milliseconds:.1f} ms",
+            f"{row.float_milliseconds / row.milliseconds:.2f}x",
+            f"{row.megabytes:.1f} MB",
+            f"{row.megabytes / row.float_megabytes:.2f}",
+            end_section=is_last,
+        )
+    CONSOLE.print(table)
+    threads, isa = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    CONSOLE.print(
+        "same top class: share of images on which int8 and float agree; SQNR: of the logits; speed: of a float call to "
+        f"an int8 call, above 1 is faster (torch {torch.__version__}, {threads} threads, {isa}). Calibrated on 20 "
+        f"ImageNet photos, compared on {len(evaluation.images)} images: {evaluation.description}."
+    )
+
+
+def print_plan(network: str, model: nn.Module) -> None:
+    """A few lines of what qcore decided."""
+    plan = qcore.explain(model)
+    lines = str(plan).splitlines()
+    left_float = [line for line in lines[12:] if "  float  " in line]
+    CONSOLE.print(f"\nexplain({network}), the first operators" + (" and all that stay float:" if left_float else ":"))
+    CONSOLE.print("\n".join([*lines[:12], *left_float]), soft_wrap=True, highlight=False, markup=False)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Two ImageNet networks from float to int8 on every backend.")
+    parser.add_argument(
+        "--networks", nargs="+", default=["efficientnet_lite0", "mobilenet_v2"], choices=sorted(NETWORKS)
+    )
+    parser.add_argument("--backends", nargs="+", default=[], help="default: all that are installed")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--quick", action="store_true", help="fewer images and fewer timed calls")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        evaluation = evaluation_set()
+        if options.quick:
+            labels = None if evaluation.labels is None else evaluation.labels[:16]
+            evaluation = EvaluationSet(
+                evaluation.name, evaluation.description, evaluation.independent, evaluation.images[:16], labels
+            )
+        CONSOLE.print("backends on this machine:")
+        backends = choose_backends(options.backends)
+        results, plans = [], []
+        for network in options.networks:
+            rows, model = compare(network, backends, evaluation, 5 if options.quick else 20)
+            results += rows
+            plans.append((network, model))
+    except (MissingPackageError, qcore.errors.QcoreError) as error:
+        CONSOLE.print(f"error: {error}", style="red", soft_wrap=True)
+        return 2
+    print_table(results, evaluation)
+    print_plan(*plans[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
