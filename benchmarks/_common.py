@@ -38,7 +38,8 @@ def run_json(script: str, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
+        last_line = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed: {last_line}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

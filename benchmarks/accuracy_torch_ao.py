@@ -1,7 +1,8 @@
 """Accuracy of ``torch.ao.quantization``, the baseline that this project is measured against.
 
-This file, and no other of the project, may import ``torch.ao.quantization``: it is the contender, run through
-its own public recipe (FX graph mode, ``prepare_fx``/``convert_fx``, the engine's default qconfig mapping).
+This file may import ``torch.ao.quantization``, as may ``measure_torch_ao`` of ``scale.py`` and the oracle tests, and
+nothing else of the project: it is the contender, run through its own public recipe (FX graph mode,
+``prepare_fx``/``convert_fx``, the engine's default qconfig mapping).
 
 Calibration: the 20 ImageNet photos of ``examples.photos``, one at a time (batch 1). Evaluation: the images
 of ``examples.photos.evaluation_set``, compared with the float network. Run it in a process of its own,

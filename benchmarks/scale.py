@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,37 @@ class Block(nn.Module):
         return y + x
 
 
-def measure(blocks: int, contender: str) -> dict[str, Any]:
+def measure_torch_ao(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Seconds of torch.ao's prepare and convert."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It announces on every call that it is deprecated.
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+        start = time.perf_counter()
+        prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
+        prepare = time.perf_counter() - start
+        prepared(x)
+        start = time.perf_counter()
+        convert_fx(prepared)
+        return prepare, time.perf_counter() - start
+
+
+def measure_qcore(model: nn.Module, x: Tensor, backend: str) -> tuple[float, float]:
+    """Seconds of qcore's prepare and convert."""
+    import qcore
+
+    mapping = qcore.get_default_qconfig_mapping(backend)
+    start = time.perf_counter()
+    prepared = qcore.prepare_fx(model, mapping, (x,))
+    prepare = time.perf_counter() - start
+    qcore.calibrate(prepared, [x])
+    start = time.perf_counter()
+    qcore.convert_fx(prepared)
+    return prepare, time.perf_counter() - start
+
+
+def measure(blocks: int, contender: str) -> dict[str, float]:
     """Seconds of the symbolic trace, of prepare and of convert.
 
     Args:
@@ -49,37 +78,13 @@ def measure(blocks: int, contender: str) -> dict[str, Any]:
     """
     model = nn.Sequential(*(Block() for _ in range(blocks))).eval()
     x = torch.randn(1, 4, 8, 8)
-    torch.fx.symbolic_trace(nn.Sequential(Block()))
+    torch.fx.symbolic_trace(nn.Sequential(Block()))  # The first trace imports what tracing needs.
     start = time.perf_counter()
     torch.fx.symbolic_trace(model)
-    traced = time.perf_counter()
-    if contender == "torch.ao":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torch.ao.quantization import get_default_qconfig_mapping
-            from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-            begin = time.perf_counter()
-            prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
-            end_prepare = time.perf_counter()
-            prepared(x)
-            begin_convert = time.perf_counter()
-            convert_fx(prepared)
-    else:
-        import qcore
-
-        mapping = qcore.get_default_qconfig_mapping(contender)
-        begin = time.perf_counter()
-        ours = qcore.prepare_fx(model, mapping, (x,))
-        end_prepare = time.perf_counter()
-        qcore.calibrate(ours, [x])
-        begin_convert = time.perf_counter()
-        qcore.convert_fx(ours)
-    return {
-        "trace": traced - start,
-        "prepare": end_prepare - begin,
-        "convert": time.perf_counter() - begin_convert,
-    }
+    trace = time.perf_counter() - start
+    is_torch_ao = contender == "torch.ao"
+    prepare, convert = measure_torch_ao(model, x) if is_torch_ao else measure_qcore(model, x, contender)
+    return {"trace": trace, "prepare": prepare, "convert": convert}
 
 
 def main() -> int:
@@ -95,16 +100,19 @@ def main() -> int:
         print(json.dumps(measure(int(options.contender[0]), options.contender[1])))
         return 0
     rows = []
+    before: tuple[int, float] | None = None
     for blocks in options.blocks:
         ours = run_json("scale.py", "--contender", str(blocks), options.backend)
         both = ours["prepare"] + ours["convert"]
         row = [str(blocks), *(f"{ours[step]:.2f}" for step in ("trace", "prepare", "convert"))]
-        row += [f"{1e3 * both / blocks:.1f}", f"{ours['prepare'] / ours['trace']:.1f}"]
+        growth = "-" if before is None else f"{both / before[1]:.1f}x for {blocks / before[0]:.1f}x"
+        row += [f"{1e3 * both / blocks:.1f}", growth, f"{ours['prepare'] / ours['trace']:.1f}"]
+        before = blocks, both
         if options.torch_ao:
             found = run_json("scale.py", "--contender", str(blocks), "torch.ao") if blocks <= TORCH_AO_LIMIT else {}
             row += [f"{found[step]:.2f}" if found else "-" for step in ("prepare", "convert")]
         rows.append(row)
-    header = ["blocks", "fx trace s", "prepare s", "convert s", "ms per block", "prepare / trace"]
+    header = ["blocks", "fx trace s", "prepare s", "convert s", "ms per block", "growth for blocks", "prepare / trace"]
     header += ["torch.ao prepare s", "torch.ao convert s"] if options.torch_ao else []
     note = f"backend {options.backend}, default observers; {machine_line()}"
     write(f"{markdown_table(header, rows)}\n\n{note}", options.output)

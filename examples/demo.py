@@ -11,10 +11,10 @@ import io
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import qcore
 from benchmarks.metrics import agreement, sqnr_db
-from examples.photos import EvaluationSet, evaluation_set, imagenet_photos
+from examples.photos import evaluation_set, imagenet_photos
 from examples.zoo import NETWORKS, MissingPackageError
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 100)
@@ -34,10 +34,11 @@ CONSOLE = Console(width=None if sys.stdout.isatty() else 100)
 
 @dataclass(frozen=True)
 class Result:
-    """What the table shows of one network on one backend."""
+    """One network on one backend, and what the table shows of it."""
 
     network: str
     backend: str
+    model: nn.Module
     agreement: float
     sqnr_db: float
     milliseconds: float
@@ -77,9 +78,13 @@ def choose_backends(wanted: Sequence[str]) -> list[str]:
     names = wanted or sorted((b.name for b in qcore.installed_backends()), key=lambda name: name == "reference")
     usable = []
     for name in names:
-        availability = qcore.get_backend(name).availability
-        CONSOLE.print(f"  {name:12}", availability.isa if availability.ok else f"not here: {availability.reason}")
-        if availability.ok:
+        try:
+            found = qcore.get_backend(name).availability
+        except qcore.errors.BackendError as error:  # A broken plugin stops nobody else.
+            CONSOLE.print(f"  {name:12} not here: {error}", markup=False)
+            continue
+        CONSOLE.print(f"  {name:12} {found.isa if found.ok else f'not here: {found.reason}'}", markup=False)
+        if found.ok:
             usable.append(name)
     return usable
 
@@ -88,29 +93,25 @@ def quantize(model: nn.Module, backend: str, photos: Tensor, label: str) -> nn.M
     """The whole way from float to integers."""
     mapping = qcore.get_default_qconfig_mapping(backend)
     prepared = qcore.prepare_fx(model, mapping, (photos[:1],))
-
-    def progress(batches: Iterable[Any]) -> Iterable[Any]:
-        return track(list(batches), description=f"calibrating {label}", console=CONSOLE)
-
+    progress = partial(track, description=f"calibrating {label:34}", console=CONSOLE)
     qcore.calibrate(prepared, photos.split(1), progress=progress)
     return qcore.convert_fx(prepared)
 
 
-def compare(
-    network: str, backends: Sequence[str], evaluation: EvaluationSet, rounds: int
-) -> tuple[list[Result], nn.Module]:
-    """One network on every backend; returns the rows and the model of the first backend."""
+def compare(network: str, backends: Sequence[str], images: list[Tensor], rounds: int) -> list[Result]:
+    """One network on every backend."""
     entry = NETWORKS[network]
     model = entry.build()
     photos = entry.preprocess(torch.stack(imagenet_photos(entry.input_size)[0]))
-    inputs = entry.preprocess(torch.stack(evaluation.images))
+    inputs = entry.preprocess(torch.stack(images))
     expected = run(model, inputs)
     converted = {name: quantize(model, name, photos, f"{network} for {name}") for name in backends}
     float_ms, *milliseconds = latency([model, *converted.values()], photos[:1], rounds)
-    rows = [
+    return [
         Result(
             network,
             name,
+            quantized,
             agreement(expected, found := run(quantized, inputs)),
             sqnr_db(expected, found),
             taken,
@@ -120,10 +121,9 @@ def compare(
         )
         for (name, quantized), taken in zip(converted.items(), milliseconds, strict=True)
     ]
-    return rows, next(iter(converted.values()))
 
 
-def print_table(results: Sequence[Result], evaluation: EvaluationSet) -> None:
+def print_table(results: Sequence[Result], images: str) -> None:
     """The table, and what it was measured on."""
     table = Table(title="int8 beside float")
     for heading in ("network", "backend"):
@@ -148,17 +148,20 @@ def print_table(results: Sequence[Result], evaluation: EvaluationSet) -> None:
     CONSOLE.print(
         "same top class: share of images on which int8 and float agree; SQNR: of the logits; speed: of a float call to "
         f"an int8 call, above 1 is faster (torch {torch.__version__}, {threads} threads, {isa}). Calibrated on 20 "
-        f"ImageNet photos, compared on {len(evaluation.images)} images: {evaluation.description}."
+        f"ImageNet photos, compared on {images}."
     )
 
 
-def print_plan(network: str, model: nn.Module) -> None:
-    """A few lines of what qcore decided."""
-    plan = qcore.explain(model)
-    lines = str(plan).splitlines()
-    left_float = [line for line in lines[12:] if "  float  " in line]
-    CONSOLE.print(f"\nexplain({network}), the first operators" + (" and all that stay float:" if left_float else ":"))
-    CONSOLE.print("\n".join([*lines[:12], *left_float]), soft_wrap=True, highlight=False, markup=False)
+def print_plans(results: Sequence[Result]) -> None:
+    """What qcore decided: a line for each model, and a few rows of the first one's table."""
+    CONSOLE.print("\nexplain(model).summary()")
+    for row in results:
+        CONSOLE.print(f"{row.network:20}{qcore.explain(row.model).summary()}", highlight=False, markup=False)
+    # A summary, a blank line, two lines of heading, then a line for each operator.
+    lines = str(qcore.explain(results[0].model)).splitlines()[2:]
+    left_float = [line for line in lines[10:] if "  float  " in line]
+    CONSOLE.print(f"\nexplain({results[0].network} for {results[0].backend}), the first rows and all that stay float")
+    CONSOLE.print("\n".join([*lines[:10], *left_float]), soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> int:
@@ -175,23 +178,18 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     try:
         evaluation = evaluation_set()
-        if options.quick:
-            labels = None if evaluation.labels is None else evaluation.labels[:16]
-            evaluation = EvaluationSet(
-                evaluation.name, evaluation.description, evaluation.independent, evaluation.images[:16], labels
-            )
+        images = evaluation.images[:: 5 if options.quick else 1]
         CONSOLE.print("backends on this machine:")
         backends = choose_backends(options.backends)
-        results, plans = [], []
-        for network in options.networks:
-            rows, model = compare(network, backends, evaluation, 5 if options.quick else 20)
-            results += rows
-            plans.append((network, model))
+        if not backends:
+            parser.error("none of these backends can run here; the reference backend runs everywhere")
+        rounds = 5 if options.quick else 20
+        results = [row for network in options.networks for row in compare(network, backends, images, rounds)]
     except (MissingPackageError, qcore.errors.QcoreError) as error:
-        CONSOLE.print(f"error: {error}", style="red", soft_wrap=True)
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print_table(results, evaluation)
-    print_plan(*plans[0])
+    print_table(results, (f"{len(images)} of " if options.quick else "") + evaluation.description)
+    print_plans(results)
     return 0
 
 

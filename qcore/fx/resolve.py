@@ -39,7 +39,7 @@ class Resolver:
 
     def resolve(self, origin: Origin) -> Resolution:
         """The strongest rule that speaks of an operator."""
-        key = (origin.scope_path, origin.object_type, origin.index)
+        key = (origin.owner_path, origin.object_type, origin.index)
         ordered = self._mapping.module_name_object_type_order_qconfigs
         if key in ordered:
             self._used_orders.add(key)

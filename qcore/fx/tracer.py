@@ -35,15 +35,15 @@ class Origin:
         object_type: the module class, function or method name.
         is_module: whether it was a module call.
         path: path of that module; for a function or method, of the module whose forward calls it.
-        scope_path: path of the module whose forward makes the call.
-        scope_type: class of that module; ``None`` for the model itself.
-        index: number of earlier calls of ``object_type`` within ``scope_path``.
+        owner_path: path of the module that holds the called module, or whose forward calls the function or method.
+        scope_type: class of the module whose forward makes the call; ``None`` for the model itself.
+        index: number of earlier calls of ``object_type`` within ``owner_path``.
     """
 
     object_type: ObjectType
     is_module: bool
     path: str
-    scope_path: str
+    owner_path: str
     scope_type: type | None
     index: int
 
@@ -114,10 +114,11 @@ class NormalFormTracer(fx.Tracer):
         return self._leaf(m, path, forward, args, kwargs)
 
     def _make_origin(self, object_type: ObjectType, is_module: bool, path: str) -> Origin:
-        key = (self.scope.module_path, object_type)
-        index = self._calls[key]
-        self._calls[key] += 1
-        return Origin(object_type, is_module, path, self.scope.module_path, self.scope.module_type, index)
+        # A module's calls are counted in the module that holds it, which may be a list that is never called itself.
+        owner = path.rpartition(".")[0] if is_module else self.scope.module_path
+        index = self._calls[(owner, object_type)]
+        self._calls[(owner, object_type)] += 1
+        return Origin(object_type, is_module, path, owner, self.scope.module_type, index)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """Trace ``root``; see ``fx.Tracer.trace``."""

@@ -248,12 +248,18 @@ def qparams_from_range(
     if qscheme.symmetric:
         high = torch.maximum(-low, high)
         scale = high / (float(quant_max - quant_min) / 2)
-        middle = 0 if dtype != torch.uint8 else (quant_min + quant_max + 1) // 2
-        zero_point = torch.full_like(scale, middle, dtype=torch.int64)
+        zero_point = torch.full_like(scale, symmetric_zero_point(dtype, quant_min, quant_max), dtype=torch.int64)
         return _without_zeros(scale, eps), zero_point
     scale = _without_zeros((high - low) / float(quant_max - quant_min), eps)
     zero_point = quant_min - torch.round(low / scale).to(torch.int64)
     return scale, torch.clamp(zero_point, quant_min, quant_max)
+
+
+def symmetric_zero_point(dtype: torch.dtype, quant_min: int, quant_max: int) -> int:
+    """The integer that stands for zero in a symmetric scheme, as torch chooses it."""
+    if dtype != torch.uint8:
+        return 0
+    return 128 if (quant_min, quant_max) == dtype_range(dtype) else (quant_min + quant_max) // 2
 
 
 def _without_zeros(scale: Tensor, eps: float | None) -> Tensor:

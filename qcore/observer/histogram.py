@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.observer.base import RangeObserver, qparams_from_range
+from qcore.observer.base import RangeObserver, qparams_from_range, symmetric_zero_point
 
 #: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
 SAMPLE_LIMIT = 1 << 19
@@ -94,14 +94,15 @@ class HistogramObserver(RangeObserver):
         """Scale and zero point for the range of least squared error; computed once for what was seen."""
         if self._chosen is None:
             counts, values = self._points()
+            integers = (self.quant_min, self.quant_max)
             low, high = range_of_least_error(
                 counts,
                 values,
                 (float(self.min_val), float(self.max_val)),
-                (self.quant_min, self.quant_max),
-                self.qscheme.symmetric,
+                integers,
+                symmetric_zero_point(self.dtype, *integers) if self.qscheme.symmetric else None,
             )
-            arguments = (self.quant_min, self.quant_max, self.dtype, self.qscheme, self.eps)
+            arguments = (*integers, self.dtype, self.qscheme, self.eps)
             self._chosen = qparams_from_range(torch.tensor(low), torch.tensor(high), *arguments)
         return self._chosen
 
@@ -147,7 +148,7 @@ def range_of_least_error(
     values: Tensor,
     seen: tuple[float, float],
     integers: tuple[int, int],
-    symmetric: bool,
+    middle: int | None,
 ) -> tuple[float, float]:
     """The range whose quantization has the least squared error over a histogram.
 
@@ -158,7 +159,7 @@ def range_of_least_error(
         values: the values (N,), float64.
         seen: smallest and largest value.
         integers: smallest and largest integer.
-        symmetric: whether the range must be symmetric around zero.
+        middle: the zero point of a symmetric scheme; ``None`` for an affine one.
 
     Returns:
         ``(low, high)`` with ``low <= 0 <= high``.
@@ -169,10 +170,10 @@ def range_of_least_error(
     norm = max(-low, high)  # In units of the largest value, squares in float32 neither overflow nor vanish.
     points, weights = (values / norm).float(), (counts / counts.sum()).float()
     low, high = low / norm, high / norm
-    two_sided = low < 0 < high and not symmetric
+    two_sided = low < 0 < high and middle is None
 
     def errors(cut_low: Tensor, cut_high: Tensor) -> Tensor:
-        return _squared_errors(points, weights, low * cut_low, high * cut_high, integers, symmetric)
+        return _squared_errors(points, weights, low * cut_low, high * cut_high, integers, middle)
 
     one = torch.ones(1, dtype=torch.float64)
     least, best_low, best_high = float(errors(one, one)), 1.0, 1.0
@@ -196,14 +197,14 @@ def range_of_least_error(
 
 
 def _squared_errors(
-    points: Tensor, weights: Tensor, low: Tensor, high: Tensor, integers: tuple[int, int], symmetric: bool
+    points: Tensor, weights: Tensor, low: Tensor, high: Tensor, integers: tuple[int, int], middle: int | None
 ) -> Tensor:
     """Mean squared error of quantizing ``points`` (N,) with each of the ranges (K,)."""
     quant_min, quant_max = integers
     tiny = torch.finfo(torch.float32).tiny
-    if symmetric:
+    if middle is not None:
         scale = (torch.maximum(-low, high) / ((quant_max - quant_min) / 2)).clamp_min(tiny)
-        zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2)
+        zero_point = torch.full_like(scale, middle)
     else:
         scale = ((high - low) / (quant_max - quant_min)).clamp_min(tiny)
         zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)

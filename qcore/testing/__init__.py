@@ -1,1 +1,12 @@
-"""Tools for authors of backends: checks that say when a backend is right."""
+"""Tools for authors of backends: a conformance suite that says when a backend is right.
+
+from qcore.testing import BackendConformance
+
+class TestMyChip(BackendConformance):
+    backend = "mychip"
+"""
+
+from qcore.testing.cases import CASES, EXTREME_CASES, Case
+from qcore.testing.conformance import BackendConformance, steps_apart
+
+__all__ = ["CASES", "EXTREME_CASES", "BackendConformance", "Case", "steps_apart"]

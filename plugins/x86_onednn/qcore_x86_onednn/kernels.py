@@ -283,8 +283,11 @@ class QLinear(_Weighted):
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
         constants = (*self.qparams("input"), packed, self.weight_scale, zero_points, self.bias)
         tail = (*self.qparams("output"), torch.uint8, *self.activation)
+        width = self.weight.shape[0]
 
         def run(x: Tensor) -> Tensor:
+            if x.numel() == 0:
+                return x.new_empty((*x.shape[:-1], width))  # The kernel forgets leading dimensions.
             y: Tensor = kernel(x, *constants, *tail)
             return y
 

@@ -1,0 +1,7 @@
+"""The backend against the core's conformance suite."""
+
+from qcore.testing import BackendConformance
+
+
+class TestConformance(BackendConformance):
+    backend = "qnnpack"
