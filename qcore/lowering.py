@@ -69,7 +69,7 @@ class QuantizedCall:
         inputs: the qparams of what it reads as activations, in order; the kernel is called with those values.
         weight: the weight of the first operator.
         bias: the bias of the first operator, float32.
-        output: the qparams of the result.
+        output: the qparams of the result; ``None`` if the kernel must give float.
         overwritable: for each input, whether nothing reads its integers after this call, so that a kernel may write its
             result over them.
     """
@@ -78,8 +78,14 @@ class QuantizedCall:
     inputs: tuple[QParams, ...]
     weight: QuantizedWeight | None
     bias: Tensor | None
-    output: QParams
+    output: QParams | None
     overwritable: tuple[bool, ...]
+
+    @property
+    def quantized_output(self) -> QParams:
+        """The qparams of the result, for rules of operators whose dtype configs know no float output."""
+        assert self.output is not None
+        return self.output
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -181,7 +187,7 @@ class FloatKernel(nn.Module):
         self.places: tuple[Any, ...] = tuple(fx.node.map_aggregate(node.args, lambda a: _placed(a, numbers)))
         self.order = tuple(order)
         self.leave = nn.ModuleList(leave(qparams) for qparams in call.inputs)
-        self.enter = enter(call.output)
+        self.enter = enter(call.quantized_output)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The operator's result on the inputs' integers."""
@@ -259,6 +265,11 @@ class _Lowering:
         self.kernels: dict[str, str] = {}
         self.declined: dict[str, str] = {}
         self.planned = {name for decision in preparation.plan.quantized for name in decision.nodes}
+        self.float_results = {
+            decision.node
+            for decision in preparation.plan.quantized
+            if decision.dtype_config is not None and decision.dtype_config.output_constraints.dtype == torch.float32
+        }
         self.by_last: dict[object, list[tuple[tuple[object, ...], LoweringRule]]] = {}
         for rule in rules:
             keys = pattern_keys(rule.pattern)
@@ -274,6 +285,8 @@ class _Lowering:
                 self.integers[node] = _Integers(_node(node.args[0]), _key(node))
             elif node.target is ops.quantize_per_tensor:
                 self.lower_quantize(node)
+            elif node.name in self.float_results:
+                self.lower_chain(node, None)
             else:
                 self.move(node)
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -287,10 +300,10 @@ class _Lowering:
             setattr(module, name, getattr(self.reference, name))
         return module.with_preparation(self.preparation.at("converted", plan))
 
-    def lower_quantize(self, quantize: fx.Node) -> None:
-        value = _node(quantize.args[0])
+    def lower_chain(self, value: fx.Node, quantize: fx.Node | None) -> bool:
+        """Put a kernel in the place of the chain that ends in ``value``, and of the quantize after it if there is one."""
         for keys, rule in self.by_last.get(operator_of(value) or value.target, ()):
-            chain = self.chain(value, keys, quantize)
+            chain = self.chain(value, keys)
             if chain is None:
                 continue
             call, sources = self.call(chain, quantize)
@@ -300,9 +313,17 @@ class _Lowering:
                 continue
             self.declined.pop(chain[0].name, None)
             self.kernels[chain[0].name] = getattr(built, "kernel_name", type(built).__name__)
-            with self.graph.inserting_before(quantize):
+            replaced = value if quantize is None else quantize
+            with self.graph.inserting_before(replaced):
                 kernel = self.add_module(chain[0].name, built, tuple(sources))
-            quantize.replace_all_uses_with(kernel)
+            replaced.replace_all_uses_with(kernel)
+            return True
+        return False
+
+    def lower_quantize(self, quantize: fx.Node) -> None:
+        """Find what computes the integers of a quantize: a kernel, or the integers as they are."""
+        value = _node(quantize.args[0])
+        if self.lower_chain(value, quantize):
             return
         moved = self.integers.get(value)
         if moved is not None and moved.key == _key(quantize):
@@ -311,10 +332,10 @@ class _Lowering:
         elif value.name in self.planned and value.name not in self.declined:
             self.declined[value.name] = "no kernel: float between dequantize and quantize"
 
-    def chain(self, value: fx.Node, keys: tuple[object, ...], quantize: fx.Node) -> list[fx.Node] | None:
+    def chain(self, value: fx.Node, keys: tuple[object, ...]) -> list[fx.Node] | None:
         """The nodes of a pattern that ends in ``value``, whose other inputs are all integers."""
         nodes = [value]
-        if value.name not in self.planned or len(value.users) != 1:
+        if value.name not in self.planned or (len(value.users) != 1 and value.name not in self.float_results):
             return None
         for key in reversed(keys[:-1]):
             found = [
@@ -338,7 +359,7 @@ class _Lowering:
         sources = [s for node in nodes for s in activation_inputs(node) if s not in nodes]
         return nodes if all(source in self.integers for source in sources) else None
 
-    def call(self, chain: list[fx.Node], quantize: fx.Node) -> tuple[QuantizedCall, list[fx.Node]]:
+    def call(self, chain: list[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]]:
         sources = [s for node in chain for s in activation_inputs(node) if s not in chain]
         values = [self.integers[source] for source in sources]
         op = operator_of(chain[0])
@@ -348,7 +369,7 @@ class _Lowering:
             inputs=tuple(self.qparams_by_key(value.key) for value in values),
             weight=weight,
             bias=bias,
-            output=self.qparams(quantize),
+            output=None if quantize is None else self.qparams(quantize),
             overwritable=tuple(self.is_overwritable(value.node, sources, chain[-1]) for value in values),
         )
         return call, [value.node for value in values]

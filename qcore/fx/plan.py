@@ -8,6 +8,7 @@ and which range of integers can all take that write and read it? Nothing is chan
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx, nn
 
 from qcore.backend_config import BackendConfig, DTypeConfig, DTypeWithConstraints, ObservationType
@@ -215,6 +216,8 @@ class _Planner:
             return problem, False, None
         refusals: list[str] = []
         for dtype_config in match.config.dtype_configs:
+            if gives_float(dtype_config) and not self.may_give_float(match):
+                continue
             refusal = self.refusal(match, qconfig, dtype_config)
             if refusal is None:
                 reason = self.place(match, qconfig, dtype_config)
@@ -241,7 +244,9 @@ class _Planner:
             return f"a placeholder observer of {dtype_name(activation.dtype)} gives no static qparams"
         if activation.qscheme.per_channel:
             return "activations per channel aren't offered"
-        sides = [("input", dtype_config.input_constraints), ("output", dtype_config.output_constraints)]
+        sides = [("input", dtype_config.input_constraints)]
+        if not gives_float(dtype_config):
+            sides.append(("output", dtype_config.output_constraints))
         for side, constraints in sides:
             shares = match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
             demanded = side == "output" and not shares
@@ -267,7 +272,9 @@ class _Planner:
             if problem:
                 return problem
         numbers = [self.read(node, match, qconfig, dtype_config) for node in inputs]
-        if shares and self.values.can_merge(numbers):
+        if gives_float(dtype_config):
+            pass  # Nothing quantizes the output, so there is nothing to observe.
+        elif shares and self.values.can_merge(numbers):
             for number in numbers[1:]:
                 self.values.merge(numbers[0], number)
             self.values.outputs[match.result] = numbers[0]
@@ -282,6 +289,14 @@ class _Planner:
             tensor = _constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
             self.weights.append(WeightQuantization(match.anchor.name, tensor))
         return ""
+
+    @staticmethod
+    def may_give_float(match: Match) -> bool:
+        """Whether a kernel may as well give float: only the caller of the model reads the result.
+
+        A clamp needs the quantize after it to be absorbed.
+        """
+        return match.clamps == 0 and all(user.op == "output" for user in match.result.users)
 
     def reading_problem(self, node: fx.Node, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
         """Whether what is already settled about a value stands against reading it as this match must."""
@@ -353,6 +368,11 @@ class _Planner:
             for constructor in inputs.get(node, ()):
                 key = (node, constructor)
                 yield node, self.values.inputs[key], tuple(self.values.input_readers[key])
+
+
+def gives_float(dtype_config: DTypeConfig) -> bool:
+    """Whether a kernel turns integers into float by itself."""
+    return dtype_config.output_constraints.dtype == torch.float32
 
 
 def is_tuple(node: fx.Node) -> bool:

@@ -31,7 +31,7 @@ def conv(call: QuantizedCall) -> nn.Module | Declined:
     if _saturates(call, call.weight.values):
         return _SATURATES
     geometry = (list(stride), padding, list(dilation), groups)
-    return kernels.QConv(call.weight, call.bias, call.output, geometry)
+    return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry)
 
 
 def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
@@ -49,23 +49,23 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
     assert call.weight is not None
     if _saturates(call, call.weight.values):
         return _SATURATES
-    return kernels.QLinear(call.weight, call.bias, call.output)
+    return kernels.QLinear(call.weight, call.bias, call.quantized_output)
 
 
 def add(call: QuantizedCall) -> nn.Module | Declined:
     """A sum of two activations; with a number, in float."""
-    return kernels.QAdd(call.output) if len(call.inputs) == 2 else _float_kernel(call)
+    return kernels.QAdd(call.quantized_output) if len(call.inputs) == 2 else _float_kernel(call)
 
 
 def mul(call: QuantizedCall) -> nn.Module | Declined:
     """A product of two activations; with a number, in float."""
-    return kernels.QMul(call.output) if len(call.inputs) == 2 else _float_kernel(call)
+    return kernels.QMul(call.quantized_output) if len(call.inputs) == 2 else _float_kernel(call)
 
 
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
-    low, high = call.output.quant_min, call.output.quant_max
-    cuts = [None if bound is None else call.output.quantize(float(bound)) for bound in call.args[1:3]]
+    low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
+    cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
     return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
 
 

@@ -56,14 +56,20 @@ def backend_config(pairs_saturate: bool) -> BackendConfig:
     per_channel = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_channel_symmetric,), ch_axis=0)
     low, high = (-64, 64) if pairs_saturate else (None, None)
     per_tensor = DTypeWithConstraints(torch.int8, low, high, qschemes=(QScheme.per_tensor_symmetric,))
-    weighted = [DTypeConfig(ACTIVATION, ACTIVATION, weight, torch.float32) for weight in (per_channel, per_tensor)]
+    # What only the model's caller reads comes out as float, without a rounding to 8 bits before.
+    weighted = [
+        DTypeConfig(ACTIVATION, output, weight, torch.float32)
+        for output in (torch.float32, ACTIVATION)
+        for weight in (per_channel, per_tensor)
+    ]
     fixed = DTypeWithConstraints(torch.uint8, scale_exact_match=1.0 / 256.0, zero_point_exact_match=0)
     fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
     unweighted = DTypeConfig(ACTIVATION, ACTIVATION)
 
     config = BackendConfig("x86_onednn")
     residual = BackendPatternConfig((op.CONV[1], op.ADD)).set_condition(Condition("same shape", _same_shape))
-    config.set_backend_pattern_config(residual.set_dtype_configs(weighted))
+    # The residual's kernel writes over the residual, which is uint8.
+    config.set_backend_pattern_config(residual.set_dtype_configs(weighted[2:]))
     for pattern in (*op.CONV, op.LINEAR, *FUSED_ACTIVATIONS):
         config.set_backend_pattern_config(BackendPatternConfig(pattern).set_dtype_configs(weighted))
     for pattern in UNWEIGHTED:

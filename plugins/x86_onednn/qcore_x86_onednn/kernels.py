@@ -127,7 +127,7 @@ class _Weighted(KernelModule):
         weight: int8, symmetric.
         bias: float32.
         input: qparams of the activation.
-        output: qparams of the result.
+        output: qparams of the result; ``None`` for float.
         activation: oneDNN's name of the activation to compute in the kernel, its scalars and its algorithm.
     """
 
@@ -140,7 +140,7 @@ class _Weighted(KernelModule):
         weight: QuantizedWeight,
         bias: Tensor | None,
         input: QParams,
-        output: QParams,
+        output: QParams | None,
         activation: tuple[str, list[float], str],
     ) -> None:
         super().__init__()
@@ -148,11 +148,19 @@ class _Weighted(KernelModule):
         self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("input", input)
-        self.add_qparams("output", output)
         self.activation = activation
+        self.gives_float = output is None
+        self.bounds: tuple[int, int] | None = None
+        if output is None:
+            return
+        self.add_qparams("output", output)
         self.bounds = _narrower(output)
         if self.bounds and activation[0] == "none" and self.bounds == (output.zero_point, 255) and self.knows_relu:
             self.activation, self.bounds = ("relu", [], ""), None
+
+    def output_arguments(self) -> tuple[float, int, torch.dtype]:
+        """Scale, zero point and dtype of the result, as the kernels take them."""
+        return (1.0, 0, torch.float32) if self.gives_float else (*self.qparams("output"), torch.uint8)
 
     @property
     def knows_relu(self) -> bool:
@@ -176,7 +184,7 @@ class QConv(_Weighted):
         weight: int8, symmetric, (out, in / groups, ...).
         bias: float32.
         input: qparams of the activation.
-        output: qparams of the result.
+        output: qparams of the result; ``None`` for float.
         activation: see :class:`_Weighted`.
         geometry: stride, padding, dilation (one number for each dimension) and groups.
     """
@@ -186,7 +194,7 @@ class QConv(_Weighted):
         weight: QuantizedWeight,
         bias: Tensor | None,
         input: QParams,
-        output: QParams,
+        output: QParams | None,
         activation: tuple[str, list[float], str],
         geometry: tuple[list[int], list[int], list[int], int],
     ) -> None:
@@ -217,7 +225,7 @@ class QConv(_Weighted):
         """The kernel with its constants bound."""
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
         constants, bias, geometry = self._constants(), self.bias, self.geometry
-        tail = (*self.qparams("output"), torch.uint8, *self.activation)
+        tail = (*self.output_arguments(), *self.activation)
 
         def run(x: Tensor) -> Tensor:
             y: Tensor = kernel(x, *constants, bias, *geometry, *tail)
@@ -282,12 +290,12 @@ class QLinear(_Weighted):
         packed = _ONEDNN.qlinear_prepack(self.weight.contiguous(), None)
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
         constants = (*self.qparams("input"), packed, self.weight_scale, zero_points, self.bias)
-        tail = (*self.qparams("output"), torch.uint8, *self.activation)
+        tail = (*self.output_arguments(), *self.activation)
         width = self.weight.shape[0]
 
         def run(x: Tensor) -> Tensor:
             if x.numel() == 0:
-                return x.new_empty((*x.shape[:-1], width))  # The kernel forgets leading dimensions.
+                return torch.empty((*x.shape[:-1], width), dtype=tail[2])  # The kernel forgets leading dimensions.
             y: Tensor = kernel(x, *constants, *tail)
             return y
 

@@ -92,7 +92,7 @@ def _binary(kernel: type[nn.Module]) -> Callable[[QuantizedCall], nn.Module | De
     def build(call: QuantizedCall) -> nn.Module | Declined:
         if len(call.inputs) != 2:
             return FloatKernel(call, kernels.Quantize, kernels.Dequantize)
-        return kernel(*call.inputs, call.output)
+        return kernel(*call.inputs, call.quantized_output)
 
     return build
 
@@ -104,8 +104,8 @@ def max_pool2d(call: QuantizedCall) -> nn.Module | Declined:
 
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
-    low, high = call.output.quant_min, call.output.quant_max
-    cuts = [None if bound is None else call.output.quantize(float(bound)) for bound in call.args[1:3]]
+    low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
+    cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
     return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
 
 
