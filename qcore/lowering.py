@@ -301,7 +301,7 @@ class _Lowering:
         return module.with_preparation(self.preparation.at("converted", plan))
 
     def lower_chain(self, value: fx.Node, quantize: fx.Node | None) -> bool:
-        """Put a kernel in the place of the chain that ends in ``value``, and of the quantize after it if there is one."""
+        """Let a kernel stand for the chain that ends in ``value``, and of the quantize after it if there is any."""
         for keys, rule in self.by_last.get(operator_of(value) or value.target, ()):
             chain = self.chain(value, keys)
             if chain is None:

@@ -61,8 +61,9 @@ CONV_TRANSPOSE = tuple(_weighted(f"conv_transpose{n}d", getattr(torch, f"conv_tr
 LINEAR = _weighted("linear", F.linear)
 BATCH_NORM = Operator("batch_norm", F.batch_norm)
 CLAMP = Operator("clamp", torch.clamp, kind=Kind.CLAMP)
-ADD = Operator("add", torch.add, activations=(0, 1))
-MUL = Operator("mul", torch.mul, activations=(0, 1))
+# Python's own: sizes are added and multiplied, too, and tracing can't tell them from tensors.
+ADD = Operator("add", operator.add, activations=(0, 1))
+MUL = Operator("mul", operator.mul, activations=(0, 1))
 MATMUL = Operator("matmul", torch.matmul, activations=(0, 1))
 CAT = _move("cat", torch.cat)
 STACK = _move("stack", torch.stack)

@@ -16,7 +16,7 @@ from qcore.dtypes import dtype_name
 from qcore.fx.match import Match, PatternTable, find_matches
 from qcore.fx.operators import CHUNK, SPLIT, operator_of
 from qcore.fx.resolve import Resolution, Resolver
-from qcore.fx.shapes import is_float_tensor
+from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
 from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
 from qcore.qconfig_mapping import object_type_name
@@ -153,7 +153,7 @@ class _Planner:
     @staticmethod
     def counts(node: fx.Node) -> bool:
         """Whether a node is an operator on float tensors, of which a plan must give account."""
-        return node.op in ("call_function", "call_method", "call_module") and is_float_tensor(node)
+        return node.op in ("call_function", "call_method", "call_module") and is_floating_tensor(node)
 
     def leave_float(self, node: fx.Node) -> None:
         resolution = self.resolution(node)

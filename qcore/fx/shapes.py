@@ -65,6 +65,12 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
+def is_floating_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor of any float dtype."""
+    example = node.meta.get("example")
+    return example is not None and bool(example.dtype.is_floating_point)
+
+
 def is_float_tensor(node: fx.Node) -> bool:
     """Whether a node's value is a float32 tensor."""
     example = node.meta.get("example")

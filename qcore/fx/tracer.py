@@ -8,6 +8,7 @@ speaks of.
 """
 
 import copy
+import operator
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -48,6 +49,25 @@ class Origin:
     index: int
 
 
+class _Value(fx.Proxy):
+    """A traced value that knows ``x += y`` from ``x = x + y``; to fx they are the same."""
+
+    def _inplace(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._inplace(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._inplace(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._inplace(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._inplace(operator.itruediv, other)
+
+
 class NormalFormTracer(fx.Tracer):
     """An fx tracer that writes known operators in normal form.
 
@@ -66,6 +86,10 @@ class NormalFormTracer(fx.Tracer):
         self._tensor_paths: dict[int, str] = {}
         self._origin: Origin | None = None
         self.failed_path: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The value of a node, as a forward sees it."""
+        return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""

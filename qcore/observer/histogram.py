@@ -20,6 +20,9 @@ from qcore.observer.base import RangeObserver, qparams_from_range, symmetric_zer
 #: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
 SAMPLE_LIMIT = 1 << 19
 
+#: Share of the error that a cut must save. Less may come from values standing for bins rather than for themselves.
+LEAST_GAIN = 0.02
+
 
 class HistogramObserver(RangeObserver):
     """Keeps a histogram and gives the range of least squared quantization error.
@@ -152,7 +155,7 @@ def range_of_least_error(
 ) -> tuple[float, float]:
     """The range whose quantization has the least squared error over a histogram.
 
-    The whole range is always a candidate and wins ties, so that data of one or two values, or of few, keep it.
+    The whole range is always a candidate and wins near ties, so that data of one or two values, or of few, keep it.
 
     Args:
         counts: how many values (N,), float64.
@@ -176,7 +179,8 @@ def range_of_least_error(
         return _squared_errors(points, weights, low * cut_low, high * cut_high, integers, middle)
 
     one = torch.ones(1, dtype=torch.float64)
-    least, best_low, best_high = float(errors(one, one)), 1.0, 1.0
+    whole = float(errors(one, one))
+    least, best_low, best_high = whole, 1.0, 1.0
     coarse = 16 if two_sided else 64
     step = 1.0 / coarse
     offsets_low = offsets_high = torch.arange(1, coarse + 1, dtype=torch.float64) * step
@@ -193,6 +197,8 @@ def range_of_least_error(
         offsets_low = (best_low + fine * step).clamp(1e-4, 1)
         offsets_high = (best_high + fine * step).clamp(1e-4, 1)
         step /= (len(fine) - 1) / 2
+    if least > whole * (1 - LEAST_GAIN):
+        best_low = best_high = 1.0
     return low * best_low * norm, high * best_high * norm
 
 

@@ -184,7 +184,8 @@ class QConv(_Weighted):
             y: Tensor = overload(x, packed, scale, zero_point)
             return y
 
-        return _bounded(run if extended is None else _sliced(run, *extended), self.bounds)
+        batched = run if extended is None else _sliced(run, *extended)
+        return _bounded(_with_batch(batched, dimensions + 2), self.bounds)
 
     def _with_usual_padding(self) -> tuple[tuple[Any, ...], tuple[list[int], list[int], list[int], list[int]] | None]:
         """A 2d depthwise convolution without padding, as one with half its kernel's size, of which a part is kept.
@@ -207,6 +208,44 @@ class QConv(_Weighted):
         return (stride, half, dilation, groups), (before, dropped, kernel, list(stride))
 
 
+class QConvTranspose(_Weighted):
+    """A transposed convolution of 1, 2 or 3 dimensions, with one scale for its whole weight.
+
+    Args:
+        weight: int8, symmetric, (in, out / groups, ...).
+        bias: float32.
+        output: qparams of the result.
+        geometry: stride, padding, output padding (one number for each dimension), dilation and groups.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        output: QParams,
+        geometry: tuple[list[int], list[int], list[int], list[int], int],
+    ) -> None:
+        super().__init__(weight, bias, output)
+        if self.relu:  # There is no such kernel; the bounds do what it would.
+            self.relu, self.bounds = "", _narrower(output)
+        self.geometry = geometry
+
+    @property
+    def kernel_name(self) -> str:
+        """For ``explain``."""
+        return f"FBGEMM conv_transpose{self.weight.dim() - 2}d"
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        dimensions = self.weight.dim() - 2
+        with _engine():
+            prepack = getattr(_LIBRARY, f"conv_transpose{dimensions}d_prepack")
+            packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
+        kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
+        scale, zero_point = self.qparams("output")
+        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+
+
 class QLinear(_Weighted):
     """A linear layer on inputs of any number of leading dimensions."""
 
@@ -221,7 +260,7 @@ class QLinear(_Weighted):
             packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
-        return _bounded(lambda x: kernel(x, packed, scale, zero_point), self.bounds)
+        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
 class QAdd(_Kernel):
@@ -334,6 +373,15 @@ def _sliced(
         return y[:, :, dropped[0] : dropped[0] + high, dropped[1] : dropped[1] + wide]
 
     return sliced
+
+
+def _with_batch(run: Callable[[Tensor], Tensor], rank: int) -> Callable[[Tensor], Tensor]:
+    """``run``, whose kernel takes batches only, on an input of ``rank`` or more dimensions or of one without batch."""
+
+    def batched(x: Tensor) -> Tensor:
+        return run(x) if x.dim() >= rank else run(x.unsqueeze(0)).squeeze(0)
+
+    return batched
 
 
 def _narrower(output: QParams) -> tuple[int, int] | None:

@@ -172,7 +172,45 @@ class QConv(_Weighted):
         kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
-        return _bounded(lambda x: overload(x, packed, scale, zero_point), self.bounds)
+        return _bounded(_with_batch(lambda x: overload(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+
+
+class QConvTranspose(_Weighted):
+    """A transposed convolution of 1 or 2 dimensions, with one scale for its whole weight.
+
+    Args:
+        weight: int8, symmetric, (in, out / groups, ...).
+        bias: float32.
+        output: qparams of the result.
+        geometry: stride, padding, output padding (one number for each dimension), dilation and groups.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        output: QParams,
+        geometry: tuple[list[int], list[int], list[int], list[int], int],
+    ) -> None:
+        super().__init__(weight, bias, output)
+        if self.relu:  # There is no such kernel; the bounds do what it would.
+            self.relu, self.bounds = "", _narrower(output)
+        self.geometry = geometry
+
+    @property
+    def kernel_name(self) -> str:
+        """For ``explain``."""
+        return f"QNNPACK conv_transpose{self.weight.dim() - 2}d"
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        dimensions = self.weight.dim() - 2
+        with _engine():
+            prepack = getattr(_LIBRARY, f"conv_transpose{dimensions}d_prepack")
+            packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
+        kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
+        scale, zero_point = self.qparams("output")
+        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
 
 
 class QLinear(_Weighted):
@@ -189,7 +227,7 @@ class QLinear(_Weighted):
             packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
-        return _bounded(lambda x: kernel(x, packed, scale, zero_point), self.bounds)
+        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
 class QAdd(_Kernel):
@@ -288,6 +326,15 @@ class QPad(_Kernel):
             return _as_quantized(padded, x.q_scale(), zero_point)
 
         return run
+
+
+def _with_batch(run: Callable[[Tensor], Tensor], rank: int) -> Callable[[Tensor], Tensor]:
+    """``run``, whose kernel takes batches only, on an input of ``rank`` or more dimensions or of one without batch."""
+
+    def batched(x: Tensor) -> Tensor:
+        return run(x) if x.dim() >= rank else run(x.unsqueeze(0)).squeeze(0)
+
+    return batched
 
 
 def _narrower(output: QParams) -> tuple[int, int] | None:

@@ -1,0 +1,97 @@
+"""Backends side by side in one process, and the process's quantized engine, which must not matter."""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import qcore
+from qcore.testing import CASES
+
+ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+
+
+@contextlib.contextmanager
+def engine(name):
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def usable_backends():
+    return [b.name for b in qcore.installed_backends() if qcore.get_backend(b.name).availability.ok]
+
+
+def converted(backend, case):
+    torch.manual_seed(0)
+    model = case.build().eval()
+    inputs = case.inputs(2)
+    mapping = qcore.get_default_qconfig_mapping(backend)
+    prepared = qcore.prepare_fx(model, mapping, inputs, on_unsupported="ignore")
+    with torch.no_grad():
+        prepared(*inputs)
+    return qcore.convert_fx(prepared), inputs
+
+
+@pytest.mark.skipif(not ENGINES, reason="this torch has no quantized engines")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_engine_of_the_process_changes_no_bit(installed_backend, case):
+    """Neither the engine at conversion, nor that of the first call, nor that of later calls."""
+    results = {layout: [] for layout in (torch.contiguous_format, torch.channels_last)}
+    for name in (ENGINES[0], ENGINES[-1]):
+        with engine(name):
+            model, inputs = converted(installed_backend, case)
+            for other in ENGINES:
+                with engine(other), torch.no_grad():
+                    for layout, found in results.items():  # Some kernels look at how a tensor lies in memory.
+                        found.append(
+                            model(*(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in inputs))
+                        )
+            assert torch.backends.quantized.engine == name
+    for found in results.values():
+        assert all(torch.equal(result, found[0]) for result in found)
+
+
+def test_backends_run_side_by_side_in_threads():
+    case = next(case for case in CASES if case.name == "conv2d + add, swapped, + ReLU")
+    models = {name: converted(name, case) for name in usable_backends()}
+    with torch.no_grad():
+        expected = {name: model(*inputs) for name, (model, inputs) in models.items()}
+
+    def work(number):
+        name = list(models)[number % len(models)]
+        model, inputs = converted(name, case)  # Converts, packs and runs while others do.
+        with torch.no_grad():
+            return all(torch.equal(model(*inputs), expected[name]) for _ in range(10))
+
+    # The seed of the process is shared, so models are built under a lock of their own: one after the other.
+    with ThreadPoolExecutor(1) as pool:
+        assert all(pool.map(work, range(2 * len(models))))
+
+    def call(number):
+        name = list(models)[number % len(models)]
+        model, inputs = models[name]
+        with torch.no_grad():
+            return all(torch.equal(model(*inputs), expected[name]) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(4 * len(models))))
+
+
+def test_models_of_all_backends_agree():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8)
+    ).eval()
+    batches = [torch.randn(4, 3, 12, 12) for _ in range(4)]
+    expected = model(batches[0])
+    for backend in usable_backends():
+        prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(backend), (batches[0],))
+        qcore.calibrate(prepared, batches)
+        error = qcore.convert_fx(prepared)(batches[0]) - expected
+        assert error.norm() < 0.05 * expected.norm(), backend

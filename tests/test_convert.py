@@ -1,0 +1,220 @@
+"""The reference model: what it computes, and that nothing else is touched by making it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import qcore
+from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
+
+WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
+MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
+SYMMETRIC = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
+
+
+def prepare(model, x, mapping=MAPPING):
+    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="reference")
+    with torch.no_grad():
+        prepared(x)
+    return prepared
+
+
+def convert(model, x, mapping=MAPPING):
+    return qcore.convert_to_reference_fx(prepare(model, x, mapping))
+
+
+def fake_quantize(x, low, high):
+    scale = (max(high, 0) - min(low, 0)) / 255
+    zero_point = torch.round(torch.tensor(-min(low, 0) / scale))
+    return (torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
+
+
+def test_a_linear_layer_is_what_one_would_write_by_hand():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4), torch.randn(16, 6)
+    reference = convert(nn.Sequential(layer), x)
+    with torch.no_grad():
+        scale = layer.weight.abs().amax(1, keepdim=True) / 127.5
+        weight = torch.clamp(torch.round(layer.weight / scale), -128, 127) * scale
+        y = F.linear(fake_quantize(x, x.min().item(), x.max().item()), weight, layer.bias)
+        float_y = layer(x)
+        expected = fake_quantize(y, float_y.min().item(), float_y.max().item())
+        step = (float_y.max() - float_y.min()) / 255
+        assert ((reference(x) - expected).abs() < 1e-5).float().mean() > 0.95  # A tie may fall the other way.
+        assert ((reference(x) - expected).abs() < 1.01 * step).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    low=st.floats(-2, 0),
+    high=st.floats(0.1, 3),
+    activation=st.sampled_from([MinMaxObserver, SYMMETRIC, MinMaxObserver.with_args(quant_min=0, quant_max=127)]),
+)
+def test_to_absorb_a_clamp_is_to_clamp_and_then_quantize(seed, low, high, activation):
+    torch.manual_seed(seed)
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
+    mapping = QConfigMapping().set_global(QConfig(activation, WEIGHT))
+    reference = convert(nn.Sequential(conv, nn.Hardtanh(low, high)), x, mapping)
+    assert not [n for n in reference.graph.nodes if n.target is torch.clamp]
+    *_, quantize, _dequantize, _ = reference.graph.nodes
+    scale, zero_point = (getattr(reference, node.target) for node in quantize.args[1:3])
+    taken = {}
+
+    class Spy(torch.fx.Interpreter):
+        def run_node(self, n):
+            taken[n.name] = super().run_node(n)
+            return taken[n.name]
+
+    fresh = 3 * torch.randn(2, 3, 6, 6)
+    Spy(reference, garbage_collect_values=False).run(fresh)
+    before, after = taken[quantize.args[0].name], taken[quantize.name]
+    dtype = quantize.args[5]
+    low_end, high_end = (
+        (-128, 127) if dtype == torch.int8 else (0, 127 if mapping.global_qconfig.activation != MinMaxObserver else 255)
+    )
+    clamped = torch.clamp(before, low, high)
+    expected = torch.clamp(torch.round(clamped * (1.0 / scale)) + zero_point, low_end, high_end).to(dtype)
+    assert torch.equal(after, expected)
+
+
+def test_a_module_called_twice_keeps_both_outputs_accurate():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x), self.linear(100 * x)
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(32, 8)
+    for expected, found in zip(model(x), convert(model, x)(x), strict=True):
+        assert (expected - found).norm() < 0.02 * expected.norm()
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + self.weight.sum()
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Functional()
+        self.conv = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.conv(self.inner(x)).relu()
+
+
+def test_a_functional_weight_that_is_read_as_float_too():
+    torch.manual_seed(0)
+    model, x = Functional().eval(), torch.randn(16, 4)
+    found = convert(model, x)
+    assert (found(x) - model(x)).norm() < 0.02 * model(x).norm()
+    assert {value.dtype for value in found.state_dict().values()} >= {torch.float32, torch.int8}
+
+
+def test_a_state_dict_carries_everything_to_a_twin():
+    x = torch.randn(16, 4)
+    first, second = (convert(Nested(), x * size) for size in (1.0, 3.0))
+    assert not torch.equal(first(x), second(x))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    for value in first.state_dict().values():
+        assert value.dtype in (torch.int8, torch.uint8, torch.int64, torch.float32) and not value.is_quantized
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_prepared_and_converted_models_copy_and_pickle(copied):
+    x = torch.randn(16, 4)
+    prepared = prepare(Nested(), x)
+    again = copied(prepared)
+    assert str(qcore.explain(again)) == str(qcore.explain(prepared))
+    assert torch.equal(again(x), prepared(x))
+    reference = qcore.convert_fx(prepared)
+    assert torch.equal(qcore.convert_fx(again)(x), reference(x))
+    assert torch.equal(copied(reference)(x), reference(x))
+
+
+def test_converting_leaves_the_prepared_model_and_the_float_model_as_they_were():
+    x = torch.randn(16, 4)
+    model = Nested().eval()
+    float_state = copy.deepcopy(model.state_dict())
+    prepared = prepare(model, x)
+    code, state = prepared.code, copy.deepcopy(prepared.state_dict())
+    first, second = qcore.convert_fx(prepared), qcore.convert_fx(prepared)
+    assert torch.equal(first(x), second(x))
+    assert prepared.code == code
+    assert all(torch.equal(value, prepared.state_dict()[name]) for name, value in state.items())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in float_state.items())
+    for value in first.state_dict().values():
+        value.zero_()
+    assert all(torch.equal(value, prepared.state_dict()[name]) for name, value in state.items())
+
+
+def test_the_prepared_model_computes_what_the_float_model_does():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(prepare(model, x)(x), model(x))
+
+
+def test_the_reference_model_exports():
+    x = torch.randn(2, 3, 6, 6)
+    reference = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), x)
+    program = torch.export.export(reference, (x,))
+    assert torch.equal(program.module()(x), reference(x))
+    assert "qcore.quantize_per_tensor" in str(program.graph)
+
+
+def test_a_branch_that_nothing_watches_may_run_on_any_batch():
+    x = torch.randn(4, 4)
+    assert convert(Nested(), x)(torch.randn(9, 4)).shape == (9, 4)
+    assert convert(Nested(), x)(torch.randn(0, 4)).shape == (0, 4)
+
+
+def test_preserved_attributes_stay():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    model.classes = ["cat", "dog"]
+    custom = qcore.PrepareCustomConfig().set_preserved_attributes(["classes"])
+    prepared = qcore.prepare_fx(model, MAPPING, (torch.randn(2, 4),), custom, backend="reference")
+    prepared(torch.randn(2, 4))
+    for made in (prepared, qcore.convert_fx(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert made.classes == ["cat", "dog"]
+    assert prepared.classes is not model.classes
+
+
+def test_calibrate_takes_tensors_tuples_and_dictionaries_and_shows_progress():
+    prepared = qcore.prepare_fx(
+        nn.Sequential(nn.Linear(4, 4)).eval(), MAPPING, (torch.randn(2, 4),), backend="reference"
+    )
+    shown = []
+
+    def progress(batches):
+        for batch in batches:
+            shown.append(type(batch))
+            yield batch
+
+    x = torch.randn(2, 4)
+    qcore.calibrate(prepared, [x, (x,), {"input": 9 * x}], progress=progress)
+    assert shown == [torch.Tensor, tuple, dict]
+    assert prepared.activation_post_process_0.max_val == max(9 * x.max(), x.max())
+
+
+def test_fuse_fx_folds_and_nothing_more():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    x = torch.randn(1, 3, 5, 5)
+    fused = qcore.fuse_fx(model)
+    assert torch.allclose(fused(x), model(x), atol=1e-6)
+    assert [n.target for n in fused.graph.nodes if n.op == "call_function"] == [torch.conv2d, torch.clamp]

@@ -1,0 +1,284 @@
+"""What observers see, and the qparams that they give."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcore import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+    QScheme,
+)
+from qcore.errors import ConfigError
+from qcore.observer import PAIR_LIMIT, PairLimitedPerChannelMinMaxObserver, largest_pair_sum
+from qcore.observer.min_max import sum_preserving_round
+
+
+def seen(observer, *batches):
+    for batch in batches:
+        assert observer(batch) is batch
+    return observer
+
+
+def qparams(observer):
+    scale, zero_point = observer.calculate_qparams()
+    return scale.tolist(), zero_point.tolist()
+
+
+def f32(value):
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+X = torch.tensor([-1.0, 0.5, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scale", "zero_point"),
+    [
+        ({}, f32(4.0) / f32(255.0), 64),
+        ({"reduce_range": True}, 4.0 / 127, 32),
+        ({"dtype": torch.int8}, 4.0 / 255, -64),
+        ({"dtype": torch.int8, "qscheme": QScheme.per_tensor_symmetric}, 3.0 / 127.5, 0),
+        ({"qscheme": QScheme.per_tensor_symmetric}, 3.0 / 127.5, 128),
+        ({"quant_min": 0, "quant_max": 127, "qscheme": QScheme.per_tensor_symmetric}, 3.0 / 63.5, 63),
+        ({"quant_min": 0, "quant_max": 15}, 4.0 / 15, 4),
+        ({"dtype": torch.int8, "quant_min": -127, "quant_max": 127}, 4.0 / 254, -63),
+        ({"eps": 0.1}, 0.1, 10),
+    ],
+)
+def test_min_max_gives_torch_s_qparams(arguments, scale, zero_point):
+    found = qparams(seen(MinMaxObserver(**arguments), X[:1], X[1:]))
+    assert found == (pytest.approx(scale, rel=1e-7), zero_point)
+
+
+def test_deprecated_dtypes_and_schemes_are_read_as_plain_ones():
+    observer = MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+    assert (observer.dtype, observer.qscheme) == (torch.int8, QScheme.per_tensor_symmetric)
+    assert MinMaxObserver(dtype=torch.quint8).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"quant_min": 0},
+        {"quant_min": 1, "quant_max": 5},
+        {"quant_min": 0, "quant_max": 256},
+        {"quant_min": 0, "quant_max": 127, "reduce_range": True},
+        {"dtype": "uint8"},
+        {"qscheme": "per_banana"},
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments):
+    with pytest.raises(ConfigError):
+        MinMaxObserver(**arguments)
+
+
+def test_a_moving_average_begins_with_the_first_batch():
+    observer = seen(MovingAverageMinMaxObserver(averaging_constant=0.5), torch.tensor([0.0, 2.0]))
+    assert (observer.min_val.item(), observer.max_val.item()) == (0.0, 2.0)
+    seen(observer, torch.tensor([-2.0, 4.0]))
+    assert (observer.min_val.item(), observer.max_val.item()) == (-1.0, 3.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_channels_are_those_of_the_axis(axis):
+    x = torch.randn(3, 4, 5)
+    observer = seen(PerChannelMinMaxObserver(ch_axis=axis), x[:, :2], x) if axis == 2 else None
+    observer = seen(PerChannelMinMaxObserver(ch_axis=axis), x)
+    rows = x.movedim(axis, 0).flatten(1)
+    assert torch.equal(observer.min_val, rows.amin(1)) and torch.equal(observer.max_val, rows.amax(1))
+    averaged = seen(MovingAveragePerChannelMinMaxObserver(0.5, ch_axis=axis), x, 3 * x)
+    assert torch.allclose(averaged.max_val, 2 * rows.amax(1))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-9, 1.0, 1e20])
+@pytest.mark.parametrize("make", [MinMaxObserver, HistogramObserver])
+def test_accuracy_does_not_depend_on_the_unit(make, size):
+    torch.manual_seed(0)
+    x = torch.randn(1000)
+    scale, zero_point = seen(make(), x * size).calculate_qparams()
+    integers = torch.clamp(torch.round(x * size / scale) + zero_point, 0, 255)
+    error = ((integers - zero_point) * scale - x * size) / size
+    assert error.pow(2).mean().sqrt() < 0.01
+
+
+def test_a_range_of_nothing_but_zero_keeps_a_usable_scale():
+    assert qparams(seen(MinMaxObserver(), torch.zeros(3))) == (1.0, 0)
+    weights = torch.tensor([[0.0, 0.0], [-2.0, 1.0]])
+    scale, _ = seen(PerChannelMinMaxObserver(qscheme=QScheme.per_channel_symmetric), weights).calculate_qparams()
+    assert scale[0] == scale[1] > 0
+
+
+@pytest.mark.parametrize(
+    "make", [MinMaxObserver, HistogramObserver, PerChannelMinMaxObserver, MovingAverageMinMaxObserver]
+)
+def test_nan_and_infinity_are_counted_and_left_out(make):
+    observer = seen(make(), torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), -1.0, float("-inf")]]))
+    assert observer.nonfinite_count == 3
+    assert observer.min_val.min() == -1.0 and observer.max_val.max() == 2.0
+    assert torch.isfinite(observer.calculate_qparams()[0]).all()
+
+
+@pytest.mark.parametrize("make", [MinMaxObserver, HistogramObserver, MovingAverageMinMaxObserver])
+def test_no_data_and_empty_tensors_are_no_data(make):
+    assert not seen(make(), torch.empty(0)).has_data
+    assert not seen(make(), torch.tensor([float("nan")])).has_data
+    assert seen(make(), torch.tensor(0.0)).has_data
+
+
+@pytest.mark.parametrize("make", [MinMaxObserver, HistogramObserver, PerChannelMinMaxObserver])
+def test_an_observer_survives_copying_pickling_and_a_state_dict(make):
+    observer = seen(make(), torch.randn(4, 6))
+    for copied in (copy.deepcopy(observer), pickle.loads(pickle.dumps(observer))):
+        assert qparams(copied) == qparams(observer)
+    fresh = make()
+    fresh.load_state_dict(observer.state_dict())
+    assert qparams(fresh) == qparams(observer)
+    observer.reset_min_max_vals()
+    assert not observer.has_data
+
+
+def test_a_spec_compares_hashes_pickles_and_binds_more():
+    spec = MinMaxObserver.with_args(dtype=torch.int8)
+    assert spec == MinMaxObserver.with_args(dtype=torch.int8) and hash(spec) == hash(spec.with_args())
+    assert spec != spec.with_args(reduce_range=True)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert spec(quant_min=-4, quant_max=4).quant_max == 4
+    assert repr(spec) == "MinMaxObserver(dtype=torch.int8)"
+
+
+def test_observers_without_data():
+    assert qparams(FixedQParamsObserver(1 / 256, 3)) == (1 / 256, 3)
+    placeholder = PlaceholderObserver(dtype=torch.float16, is_dynamic=True)
+    assert placeholder.has_data and placeholder(X) is X
+    with pytest.raises(NotImplementedError, match="gives no qparams"):
+        placeholder.calculate_qparams()
+
+
+def squared_error(observer, x):
+    scale, zero_point = observer.calculate_qparams()
+    integers = torch.clamp(torch.round(x / scale) + zero_point, observer.quant_min, observer.quant_max)
+    return ((integers - zero_point) * scale - x).double().pow(2).mean().item()
+
+
+DISTRIBUTIONS = {
+    "normal": lambda: torch.randn(5000),
+    "relu": lambda: torch.randn(5000).relu(),
+    "negative": lambda: -torch.randn(5000).abs(),
+    "outlier": lambda: torch.cat([torch.randn(5000), torch.tensor([80.0])]),
+    "two values": lambda: torch.tensor([-1.0, 5.0]).repeat(50),
+    "constant": lambda: torch.full((100,), 3.0),
+    "far from zero": lambda: 1000 + torch.randn(1000),
+    "huge": lambda: torch.randn(1000) * 1e30,
+    "sparse": lambda: torch.cat([torch.zeros(10000), torch.rand(10)]),
+}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    batches=st.integers(1, 5),
+    arguments=st.sampled_from(
+        [
+            {},
+            {"reduce_range": True},
+            {"dtype": torch.int8, "qscheme": QScheme.per_tensor_symmetric},
+            {"dtype": torch.int8},
+        ]
+    ),
+)
+def test_the_histogram_loses_no_more_than_the_whole_range_but_for_the_width_of_its_bins(
+    distribution, seed, batches, arguments
+):
+    torch.manual_seed(seed)
+    x = DISTRIBUTIONS[distribution]()
+    histogram, whole = HistogramObserver(**arguments), MinMaxObserver(**arguments)
+    for batch in x.chunk(batches):
+        seen(histogram, batch)
+        seen(whole, batch)
+    assert histogram.histogram.sum() == x.numel()
+    assert squared_error(histogram, x) <= squared_error(whole, x) * 1.04 + 1e-30
+    scale, zero_point = histogram.calculate_qparams()
+    assert histogram.quant_min <= zero_point <= histogram.quant_max
+    assert scale <= whole.calculate_qparams()[0] * 1.0001
+
+
+def test_an_outlier_is_cut_off():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(100_000), torch.tensor([80.0])])
+    # One value in 100,000: clipped far below 80, it costs less than the coarse steps would cost all others.
+    cut, whole = (seen(make(quant_min=0, quant_max=15), x) for make in (HistogramObserver, MinMaxObserver))
+    assert squared_error(cut, x) < 0.3 * squared_error(whole, x)
+
+
+def test_the_layout_in_memory_does_not_matter():
+    x = torch.randn(2, 3, 40, 50)
+    plain, last = seen(HistogramObserver(), x), seen(HistogramObserver(), x.to(memory_format=torch.channels_last))
+    assert qparams(plain) == qparams(last)
+
+
+def test_of_a_large_tensor_a_part_stands_for_all():
+    torch.manual_seed(0)
+    x = torch.randn(3_000_000)
+    observer = seen(HistogramObserver(), x)
+    assert observer.histogram.sum() == pytest.approx(x.numel(), rel=1e-4)
+    assert observer.max_val == x.max()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), columns=st.integers(1, 60))
+def test_sum_preserving_rounding_keeps_each_row_s_sum(seed, columns):
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(8, columns, generator=generator) * 30
+    rounded = sum_preserving_round(steps, -128, 127)
+    errors = rounded - steps
+    inside = (steps.abs() < 127).all(1)
+    assert torch.equal(rounded, rounded.round())
+    assert (errors[inside].sum(1).abs() <= 0.5 + 1e-4).all()
+    assert (errors[inside].abs() < 1).all()
+
+
+def test_a_weight_observer_rounds_by_itself():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 3, 3, 3)
+    arguments = {"dtype": torch.int8, "qscheme": QScheme.per_channel_symmetric}
+    nearest = seen(PerChannelMinMaxObserver(**arguments), weight)
+    kept = seen(PerChannelMinMaxObserver(rounding="sum_preserving", **arguments), weight)
+    scale = nearest.calculate_qparams()[0].reshape(6, 1, 1, 1)
+
+    def drift(integers):
+        assert integers.dtype == torch.int8 and integers.shape == weight.shape
+        return (integers * scale - weight).flatten(1).sum(1).abs().sum().item()
+
+    assert drift(kept.quantize(weight)) < 0.5 * drift(nearest.quantize(weight))
+
+
+class Neighbours(PairLimitedPerChannelMinMaxObserver):
+    @staticmethod
+    def pairs(weight):
+        return weight.reshape(weight.shape[0], -1, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), rounding=st.sampled_from(["nearest", "sum_preserving"]))
+def test_no_pair_of_weights_exceeds_the_limit_and_quiet_channels_are_left_alone(seed, rounding):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(16, 12, generator=generator)
+    weight[0] = torch.tensor([1.0, -1.0] * 6)  # Products of two signs don't pile up.
+    weight[1] = 1.0
+    arguments = {"dtype": torch.int8, "qscheme": QScheme.per_channel_symmetric, "rounding": rounding}
+    limited = seen(Neighbours(**arguments), weight)
+    assert (largest_pair_sum(Neighbours.pairs(limited.quantize(weight))) <= PAIR_LIMIT).all()
+    assert limited.growth[0] == 1.0
+    assert 1.9 < limited.growth[1] < 2.1
+    assert (limited.growth <= 2.1).all()

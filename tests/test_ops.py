@@ -1,0 +1,52 @@
+"""quantize and dequantize on plain integers."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qcore import ops
+
+
+def quantize(values, scale, zero_point, low=0, high=255, dtype=torch.uint8):
+    arguments = (torch.tensor(scale), torch.tensor(zero_point), low, high, dtype)
+    return ops.quantize_per_tensor(torch.tensor(values), *arguments)
+
+
+def test_ties_go_to_even_and_the_range_is_kept():
+    found = quantize([-9.0, 0.25, 0.75, 1.25, 1e6, -0.0], 0.5, 10, high=100)
+    assert found.dtype == torch.uint8
+    assert found.tolist() == [0, 10, 12, 12, 100, 10]
+
+
+def test_dequantize_is_the_inverse_on_integers():
+    integers = torch.arange(256, dtype=torch.uint8)
+    scale, zero_point = torch.tensor(0.1), torch.tensor(77)
+    real = ops.dequantize_per_tensor(integers, scale, zero_point)
+    assert torch.equal(real, (integers.int() - 77).float() * 0.1)
+    assert torch.equal(ops.quantize_per_tensor(real, scale, zero_point, 0, 255, torch.uint8), integers)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_each_channel_has_its_own_scale(axis):
+    x = torch.randn(3, 3, 3)
+    scales, zero_points = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, -1])
+    found = ops.quantize_per_channel(x, scales, zero_points, axis, -128, 127, torch.int8)
+    back = ops.dequantize_per_channel(found, scales, zero_points, axis)
+    for channel in range(3):
+        part = x.select(axis, channel)
+        expected = ops.quantize_per_tensor(part, scales[channel], zero_points[channel], -128, 127, torch.int8)
+        assert torch.equal(found.select(axis, channel), expected)
+    assert ((back - x).abs() <= 0.15 + 1e-6).all()
+
+
+def test_they_run_on_fake_tensors():
+    with FakeTensorMode():
+        x = torch.empty(2, 3)
+        integers = ops.quantize_per_tensor(x, torch.tensor(1.0), torch.tensor(0), 0, 255, torch.uint8)
+        assert (integers.dtype, integers.shape) == (torch.uint8, (2, 3))
+        assert ops.dequantize_per_tensor(integers, torch.tensor(1.0), torch.tensor(0)).dtype == torch.float32
+
+
+def test_torch_finds_them_well_defined():
+    arguments = (torch.randn(4), torch.tensor(0.1), torch.tensor(3), 0, 255, torch.uint8)
+    torch.library.opcheck(ops.quantize_per_tensor, arguments, test_utils=("test_schema", "test_faketensor"))

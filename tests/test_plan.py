@@ -1,0 +1,318 @@
+"""What is decided for each operator and each value."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qcore
+from qcore import (
+    BackendConfig,
+    BackendPatternConfig,
+    Condition,
+    DTypeConfig,
+    DTypeWithConstraints,
+    MinMaxObserver,
+    ObservationType,
+    PerChannelMinMaxObserver,
+    QConfig,
+    QConfigMapping,
+    QScheme,
+)
+from qcore.fx.observe import observer_nodes
+
+WEIGHT = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
+OPEN = QConfig(MinMaxObserver, WEIGHT)
+U8 = DTypeConfig(torch.uint8, torch.uint8, torch.int8)
+
+
+class Calls(nn.Module):
+    """A model with a few layers whose forward is given."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def model(forward, **layers):
+    return Calls(forward, **layers).eval()
+
+
+def prepare(made, mapping=None, shape=(2, 4, 6, 6), config=None, **arguments):
+    mapping = QConfigMapping().set_global(OPEN) if mapping is None else mapping
+    backend = {} if config else {"backend": "reference"}
+    return qcore.prepare_fx(made, mapping, (torch.randn(shape),), backend_config=config, **backend, **arguments)
+
+
+def observed(prepared):
+    """Observed values with the number of their observer, in the order of execution."""
+    return [(node.args[0].name, number) for node, number in observer_nodes(prepared, qcore.explain(prepared))]
+
+
+def conv(**arguments):
+    return nn.Conv2d(4, 4, 3, padding=1, **arguments)
+
+
+def test_a_clamp_after_an_operator_is_observed_after_and_not_before():
+    for clamp in (nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2)):
+        prepared = prepare(nn.Sequential(conv(), clamp, nn.Hardtanh(-0.5, 0.5)).eval())
+        assert observed(prepared) == [("input_1", 0), ("_2", 1)]
+        (decision,) = qcore.explain(prepared).decisions
+        assert decision.operators == ("conv2d", "clamp", "clamp")
+
+
+def test_a_clamp_of_something_read_twice_stays():
+    prepared = prepare(model(lambda m, x: F.relu(m.a(x)) + m.a(x), a=conv()))
+    assert [d.operators for d in qcore.explain(prepared).decisions][-1] == ("add",)
+    twice = prepare(model(lambda m, x: (lambda y: F.relu6(y) + y)(m.a(x)), a=conv()))
+    assert [d.operators for d in qcore.explain(twice).decisions] == [("conv2d",), ("clamp",), ("add",)]
+
+
+def test_a_clamp_that_a_rule_says_stays_float_is_not_absorbed():
+    mapping = QConfigMapping().set_global(OPEN).set_object_type(nn.ReLU6, None)
+    plan = qcore.explain(prepare(nn.Sequential(conv(), nn.ReLU6()).eval(), mapping))
+    assert [(d.operators, d.quantized) for d in plan.decisions] == [(("conv2d",), True), (("clamp",), False)]
+    assert plan.floating[0].reason == "rule object_type ReLU6 says float"
+
+
+def test_a_clamp_that_no_rule_names_goes_with_its_operator():
+    mapping = QConfigMapping().set_object_type(nn.Conv2d, OPEN)
+    (decision,) = qcore.explain(prepare(nn.Sequential(conv(), nn.ReLU()).eval(), mapping)).decisions
+    assert decision.operators == ("conv2d", "clamp") and decision.quantized
+
+
+def test_a_residual_block():
+    prepared = prepare(model(lambda m, x: F.relu(m.b(F.relu(m.a(x))) + x), a=conv(), b=conv()))
+    assert observed(prepared) == [("x", 0), ("relu", 1), ("b", 2), ("relu_1", 3)]
+
+
+def test_a_cat_makes_its_inputs_share_one_observer():
+    made = model(lambda m, x: torch.cat([m.a(x), m.b(x), m.c(x)], 1), a=conv(), b=conv(), c=conv())
+    prepared = prepare(made)
+    assert observed(prepared) == [("x", 0), ("a", 1), ("b", 1), ("c", 1)]
+    assert qcore.explain(prepared).shared == {"cat": 1}
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: x.flatten(1),
+        lambda x: x.reshape(2, -1),
+        lambda x: x.permute(0, 2, 3, 1),
+        lambda x: x.chunk(2, 1)[0],
+        lambda x: F.pad(x, (1, 1)),
+        lambda x: x[:, :2],
+    ],
+)
+def test_what_only_moves_elements_is_not_observed_again(move):
+    prepared = prepare(model(lambda m, x: move(m.a(x)), a=conv()))
+    assert observed(prepared) == [("x", 0), ("a", 1)]
+    assert all(d.quantized for d in qcore.explain(prepared).decisions)
+
+
+def test_what_only_moves_elements_stays_float_if_its_input_is():
+    plan = qcore.explain(prepare(model(lambda m, x: m.a(F.max_pool2d(x, 2)), a=conv())))
+    first = plan.decisions[0]
+    assert (first.quantized, first.reason) == (False, "its input is float, and it only hands on what it gets")
+
+
+@pytest.mark.parametrize(
+    "average", [lambda x: F.avg_pool2d(x, 2), lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean([2, 3])]
+)
+def test_averages_have_qparams_of_their_own(average):
+    prepared = prepare(model(lambda m, x: average(m.a(x)), a=conv()))
+    assert len(observed(prepared)) == 3
+
+
+def test_an_operator_without_a_pattern_is_a_float_island():
+    prepared = prepare(model(lambda m, x: m.b(torch.sin(m.a(x))), a=conv(), b=conv()))
+    assert observed(prepared) == [("x", 0), ("a", 1), ("sin", 2), ("b", 3)]
+    assert [d.reason for d in qcore.explain(prepared).floating] == ["reference has no pattern for it"]
+
+
+def test_a_module_called_twice_has_two_outputs():
+    prepared = prepare(model(lambda m, x: m.a(m.a(x)), a=conv()))
+    assert observed(prepared) == [("x", 0), ("a", 1), ("a_1", 2)]
+
+
+def test_a_float_value_read_by_several_is_observed_once():
+    prepared = prepare(model(lambda m, x: m.a(x) + m.b(x), a=conv(), b=conv()))
+    assert observed(prepared)[0] == ("x", 0)
+    assert len(observed(prepared)) == 4
+
+
+def test_readers_that_stay_float_read_the_float_value():
+    made = model(lambda m, x: (m.a(x), torch.sin(x)), a=conv())
+    prepared = prepare(made)
+    (sin,) = (n for n in prepared.graph.nodes if n.name == "sin")
+    assert sin.args[0].op == "placeholder"
+
+
+def test_integers_and_other_dtypes_stay_what_they_are():
+    plan = qcore.explain(
+        qcore.prepare_fx(
+            nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)).eval(),
+            QConfigMapping().set_global(OPEN), (torch.tensor([1, 2]),), backend="reference",
+        )
+    )  # fmt: skip
+    assert [(d.operators, d.quantized) for d in plan.decisions] == [(("Embedding",), False), (("linear",), True)]
+    double = nn.Sequential(nn.Linear(4, 2)).double().eval()
+    prepared = qcore.prepare_fx(
+        double, QConfigMapping().set_global(OPEN), (torch.randn(2, 4, dtype=torch.float64),), backend="reference"
+    )
+    assert qcore.explain(prepared).floating[0].reason == "input_1 is float64, not float32"
+
+
+def test_a_weight_that_is_computed_stays_float():
+    made = model(lambda m, x: F.linear(x, torch.tanh(m.a.weight)), a=nn.Linear(4, 4))
+    (decision,) = (d for d in qcore.explain(prepare(made, shape=(2, 4))).decisions if d.operators == ("linear",))
+    assert decision.reason == "its weight is computed, not a parameter"
+
+
+def config(*patterns):
+    made = BackendConfig("test")
+    for pattern in patterns:
+        made.set_backend_pattern_config(pattern)
+    return made
+
+
+def linear_config(dtype_config):
+    return config(BackendPatternConfig(nn.Linear).add_dtype_config(dtype_config))
+
+
+LINEARS = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+
+
+def test_a_range_that_was_left_open_takes_the_kernel_s_bounds():
+    narrow = DTypeWithConstraints(torch.uint8, 0, 127, scale_min_lower_bound=2**-12)
+    weight = DTypeWithConstraints(torch.int8, -64, 63)
+    prepared = prepare(LINEARS, shape=(2, 4), config=linear_config(DTypeConfig(narrow, torch.uint8, weight)))
+    plan = qcore.explain(prepared)
+    # The first output is read by a kernel that takes 0..127; the last one by nobody.
+    assert [(t.quant_min, t.quant_max, t.eps) for t in plan.tensors] == [(0, 127, 2**-12)] * 2 + [(0, 255, None)]
+    assert (prepared.activation_post_process_1.quant_max, prepared.activation_post_process_1.eps) == (127, 2**-12)
+    assert [(w.tensor.quant_min, w.tensor.quant_max) for w in plan.weights] == [(-64, 63)] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype_config", "qconfig", "reason"),
+    [
+        (U8, QConfig(MinMaxObserver.with_args(dtype=torch.int8), WEIGHT), "input dtype int8, it takes uint8"),
+        (
+            DTypeConfig(weight_dtype=DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_tensor_symmetric,))),
+            QConfig(MinMaxObserver, PerChannelMinMaxObserver.with_args(dtype=torch.int8)),
+            "weight per_channel_affine, it takes per_tensor_symmetric",
+        ),
+        (
+            DTypeConfig(torch.uint8, torch.uint8, DTypeWithConstraints(torch.int8, ch_axis=0)),
+            QConfig(MinMaxObserver, PerChannelMinMaxObserver.with_args(dtype=torch.int8, ch_axis=1)),
+            "weight ch_axis 1, it takes 0",
+        ),
+        (
+            DTypeConfig(DTypeWithConstraints(torch.uint8, scale_min_lower_bound=0.1), torch.uint8, torch.int8),
+            QConfig(MinMaxObserver.with_args(eps=0.01), WEIGHT),
+            "input eps 0.01 < 0.1 (scale_min_lower_bound)",
+        ),
+        (
+            DTypeConfig(torch.uint8, DTypeWithConstraints(torch.uint8, scale_exact_match=0.5), torch.int8),
+            QConfig(qcore.FixedQParamsObserver.with_args(scale=0.25, zero_point=0), WEIGHT),
+            "output scale 0.25, it takes exactly 0.5",
+        ),
+        (U8, QConfig(MinMaxObserver.with_args(is_dynamic=True), WEIGHT), "it offers no dynamic quantization here"),
+        (
+            DTypeConfig(), QConfig(qcore.PlaceholderObserver.with_args(dtype=torch.float16), WEIGHT),
+            "a placeholder observer of float16 gives no static qparams",
+        ),
+        (U8, QConfig(PerChannelMinMaxObserver, WEIGHT), "activations per channel aren't offered"),
+    ],
+)  # fmt: skip
+def test_what_a_kernel_does_not_take_is_refused_by_name(dtype_config, qconfig, reason):
+    mapping = QConfigMapping().set_global(qconfig)
+    plan = qcore.explain(prepare(LINEARS, mapping, (2, 4), linear_config(dtype_config), on_unsupported="ignore"))
+    assert {d.reason for d in plan.decisions} == {f"test doesn't accept its qconfig: {reason}"}
+
+
+def test_the_first_dtype_config_that_accepts_is_used():
+    pattern = BackendPatternConfig(nn.Linear).add_dtype_config(DTypeConfig(torch.int8)).add_dtype_config(U8)
+    assert {
+        d.dtype_config for d in qcore.explain(prepare(LINEARS, shape=(2, 4), config=config(pattern))).decisions
+    } == {U8}
+
+
+def test_fixed_qparams_come_from_the_kernel():
+    made = nn.Sequential(conv(), nn.Sigmoid()).eval()
+    prepared = prepare(made)
+    prepared(torch.randn(2, 4, 6, 6))
+    assert [v.item() for v in prepared.activation_post_process_2.calculate_qparams()] == [1 / 256, 0]
+
+
+def test_a_pattern_with_a_condition_goes_before_one_without():
+    is_depthwise = Condition("depthwise", lambda node: node.args[6] > 1)
+    narrow = DTypeConfig(DTypeWithConstraints(torch.uint8, quant_max_upper_bound=127), torch.uint8, torch.int8)
+    made = config(
+        BackendPatternConfig(nn.Conv2d).add_dtype_config(U8),
+        BackendPatternConfig(F.conv2d).set_condition(is_depthwise).add_dtype_config(narrow),
+    )
+    prepared = prepare(nn.Sequential(conv(), conv(groups=4)).eval(), config=made)
+    plan = qcore.explain(prepared)
+    assert [d.condition for d in plan.decisions] == ["", "depthwise"]
+    assert [t.quant_max for t in plan.tensors] == [255, 127, 255]
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: m.a(x) + x, lambda m, x: x + m.a(x), lambda m, x: F.relu(torch.add(x, m.a(x)))]
+)
+def test_a_chain_is_one_operator_in_either_order(forward):
+    made = config(
+        BackendPatternConfig(nn.Conv2d).add_dtype_config(U8),
+        BackendPatternConfig((nn.Conv2d, torch.add)).add_dtype_config(U8),
+    )
+    plan = qcore.explain(prepare(model(forward, a=conv()), config=made))
+    (decision,) = plan.decisions
+    assert decision.operators[:2] == ("conv2d", "add")
+    assert len(plan.observations) == 2
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: (lambda y: y + y)(m.a(x)), lambda m, x: m.a(x) + 1.0, lambda m, x: (m.a(x) + x, m.a(x))]
+)
+def test_what_is_no_residual_is_no_chain(forward):
+    made = config(
+        BackendPatternConfig(nn.Conv2d).add_dtype_config(U8), BackendPatternConfig(torch.add).add_dtype_config(U8),
+        BackendPatternConfig((nn.Conv2d, torch.add)).add_dtype_config(U8),
+    )  # fmt: skip
+    plan = qcore.explain(prepare(model(forward, a=conv()), config=made))
+    chains = [d.operators for d in plan.decisions]
+    assert ("conv2d",) in chains
+
+
+def test_an_observation_type_that_shares():
+    made = config(
+        BackendPatternConfig(nn.Conv2d).add_dtype_config(U8),
+        BackendPatternConfig(torch.sin).set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT).add_dtype_config(U8),
+    )  # fmt: skip
+    plan = qcore.explain(prepare(model(lambda m, x: torch.sin(m.a(x)), a=conv()), config=made))
+    assert plan.shared == {"sin": 1}
+
+
+def test_a_float_output_is_used_where_only_the_caller_reads_it():
+    both = [DTypeConfig(torch.uint8, torch.float32, torch.int8), U8]
+    made = config(BackendPatternConfig(nn.Linear).set_dtype_configs(both))
+    prepared = prepare(LINEARS, shape=(2, 4), config=made)
+    assert observed(prepared) == [("input_1", 0), ("_0", 1)]
+    prepared(torch.randn(8, 4))
+    assert qcore.convert_fx(prepared)(torch.randn(3, 4)).dtype == torch.float32
+
+
+def test_the_plan_prints_a_line_for_every_decision():
+    plan = qcore.explain(prepare(nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(2), nn.LogSoftmax(1)).eval()))
+    text = str(plan)
+    assert text.splitlines()[0] == "reference: 2 of 3 operators on integers; 1 float: reference has no pattern for it"
+    for part in ("conv2d + clamp", "avg_pool2d", "LogSoftmax", "global"):
+        assert part in text
