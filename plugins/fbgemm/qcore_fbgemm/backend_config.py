@@ -1,7 +1,7 @@
 """What FBGEMM's kernels accept, as tables."""
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qcore.backend_config import (
     BackendConfig,
@@ -24,6 +24,14 @@ FIXED = (op.SIGMOID, op.HARDSIGMOID)
 
 #: Operators whose output lies in the range of their input.
 SHARING = (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE)
+
+#: Transposed convolutions that have a kernel, as a mapping names them.
+TRANSPOSED = (
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    *(operator.function for operator in op.CONV_TRANSPOSE),
+)
 
 ACTIVATION = DTypeWithConstraints(torch.uint8, qschemes=(QScheme.per_tensor_affine, QScheme.per_tensor_symmetric))
 
@@ -60,6 +68,12 @@ def backend_config(has_vnni: bool) -> BackendConfig:
         config.set_backend_pattern_config(pattern.set_dtype_configs(depthwise))
     for operator in (*op.CONV, op.LINEAR):
         config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(dense))
+    # Transposed convolutions take one scale for all weights; which of those their kernels pair is left open, so they
+    # keep to 7 bits, and with VNNI those that may count as depthwise.
+    for operator in op.CONV_TRANSPOSE:
+        pattern = BackendPatternConfig(operator).set_condition(DEPTHWISE)
+        config.set_backend_pattern_config(pattern.set_dtype_configs(depthwise[1:]))
+        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(dense[1:]))
     for operator in UNWEIGHTED:
         config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(unweighted))
     for operator in FIXED:

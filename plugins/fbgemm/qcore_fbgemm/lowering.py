@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qcore.fx import operators as op
@@ -11,11 +12,11 @@ from qcore_fbgemm import kernels
 from qcore_fbgemm.observers import is_depthwise, largest_sum
 
 
-def _saturates(call: QuantizedCall, weight: Tensor) -> bool:
-    """Whether a pair of products could overflow 16 bits on this CPU."""
+def _saturates(call: QuantizedCall, weight: Tensor, largest: int) -> bool:
+    """Whether a pair of products could overflow 16 bits on this CPU, if ``largest`` is what its weights add up to."""
     if kernels.has_vnni() and not is_depthwise(weight):
         return False
-    return largest_sum(weight) * call.inputs[0].quant_max > 2**15 - 1
+    return largest * call.inputs[0].quant_max > 2**15 - 1
 
 
 _SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerChannelMinMaxObserver for them")
@@ -28,7 +29,7 @@ def conv(call: QuantizedCall) -> nn.Module | Declined:
     padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
     if padding is None:
         return Declined("padding 'same' isn't symmetric here")
-    if _saturates(call, call.weight.values):
+    if _saturates(call, call.weight.values, largest_sum(call.weight.values)):
         return _SATURATES
     geometry = (list(stride), padding, list(dilation), groups)
     return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry)
@@ -44,10 +45,20 @@ def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
     return list(padding)
 
 
+def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
+    """A transposed convolution."""
+    assert call.weight is not None
+    if _saturates(call, call.weight.values, 2 * int(call.weight.values.to(torch.int32).abs().max())):
+        return _SATURATES
+    _, _, _, stride, padding, output_padding, groups, dilation = call.args
+    geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
+    return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry)
+
+
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer."""
     assert call.weight is not None
-    if _saturates(call, call.weight.values):
+    if _saturates(call, call.weight.values, largest_sum(call.weight.values)):
         return _SATURATES
     return kernels.QLinear(call.weight, call.bias, call.quantized_output)
 
@@ -84,6 +95,7 @@ def _in_float(operator: Operator) -> LoweringRule:
 
 RULES: tuple[LoweringRule, ...] = (
     *(LoweringRule(operator, conv) for operator in op.CONV),
+    *(LoweringRule(operator, conv_transpose) for operator in op.CONV_TRANSPOSE),
     LoweringRule(op.LINEAR, linear),
     LoweringRule(op.ADD, add),
     LoweringRule(op.MUL, mul),

@@ -1,6 +1,7 @@
 """What QNNPACK's kernels accept, as tables."""
 
 import torch
+from torch import nn
 
 from qcore.backend_config import (
     BackendConfig,
@@ -23,6 +24,9 @@ FIXED = (op.SIGMOID, op.HARDSIGMOID)
 #: Operators whose output lies in the range of their input.
 SHARING = (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE)
 
+#: Transposed convolutions that have a kernel, as a mapping names them.
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, *(operator.function for operator in op.CONV_TRANSPOSE[:2]))
+
 ACTIVATION = DTypeWithConstraints(torch.uint8, qschemes=(QScheme.per_tensor_affine, QScheme.per_tensor_symmetric))
 
 
@@ -38,6 +42,9 @@ def backend_config() -> BackendConfig:
     config = BackendConfig("qnnpack")
     for operator in (*op.CONV, op.LINEAR):
         config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(weighted))
+    # With scales per channel these kernels read beyond them where there are groups; the 3d one is wrong altogether.
+    for operator in op.CONV_TRANSPOSE[:2]:
+        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(weighted[1:]))
     for operator in UNWEIGHTED:
         config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(unweighted))
     for operator in FIXED:

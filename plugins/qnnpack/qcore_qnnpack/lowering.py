@@ -2,12 +2,23 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
 from qcore_qnnpack import kernels
+
+
+def _is_too_small(call: QuantizedCall) -> bool:
+    """Whether the scale of the sums leaves float32's normal numbers, among which the kernels compute it."""
+    assert call.weight is not None
+    smallest = float(call.weight.scale.min()) if call.weight.scale.numel() else 1.0
+    return call.inputs[0].scale * smallest < torch.finfo(torch.float32).tiny
+
+
+_TOO_SMALL = Declined("the scales of its input and its weight have a product below float32's smallest normal number")
 
 
 def conv(call: QuantizedCall) -> nn.Module | Declined:
@@ -17,6 +28,8 @@ def conv(call: QuantizedCall) -> nn.Module | Declined:
     padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
     if padding is None:
         return Declined("padding 'same' isn't symmetric here")
+    if _is_too_small(call):
+        return _TOO_SMALL
     geometry = (list(stride), padding, list(dilation), groups)
     return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry)
 
@@ -31,9 +44,21 @@ def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
     return list(padding)
 
 
+def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
+    """A transposed convolution."""
+    assert call.weight is not None
+    if _is_too_small(call):
+        return _TOO_SMALL
+    _, _, _, stride, padding, output_padding, groups, dilation = call.args
+    geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
+    return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry)
+
+
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer."""
     assert call.weight is not None
+    if _is_too_small(call):
+        return _TOO_SMALL
     return kernels.QLinear(call.weight, call.bias, call.quantized_output)
 
 
@@ -69,6 +94,7 @@ def _in_float(operator: Operator) -> LoweringRule:
 
 RULES: tuple[LoweringRule, ...] = (
     *(LoweringRule(operator, conv) for operator in op.CONV),
+    *(LoweringRule(operator, conv_transpose) for operator in op.CONV_TRANSPOSE[:2]),
     LoweringRule(op.LINEAR, linear),
     LoweringRule(op.ADD, add),
     LoweringRule(op.MUL, mul),

@@ -10,12 +10,12 @@ from qcore.dtypes import QScheme
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
 from qcore.lowering import lower_with_rules
-from qcore.observer import HistogramObserver, ObserverBase, PerChannelMinMaxObserver
+from qcore.observer import HistogramObserver, MinMaxObserver, ObserverBase, PerChannelMinMaxObserver
 from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
 from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import QConfigMapping
 from qcore_qnnpack import kernels
-from qcore_qnnpack.backend_config import backend_config
+from qcore_qnnpack.backend_config import TRANSPOSED, backend_config
 from qcore_qnnpack.fusion import FUSION_PATTERNS
 from qcore_qnnpack.lowering import RULES
 from qcore_qnnpack.observers import OBSERVER_KERNELS
@@ -60,11 +60,19 @@ def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
 
 @hookimpl
 def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
-    """uint8 activations by least squared error, int8 weights per channel whose rounding keeps each channel's sum."""
+    """uint8 activations by least squared error, int8 weights per channel whose rounding keeps each channel's sum.
+
+    Transposed convolutions, whose kernels know no scales per channel, get one scale for the whole weight.
+    """
+    activation = HistogramObserver.with_args()
     weight = PerChannelMinMaxObserver.with_args(
         dtype=torch.int8, qscheme=QScheme.per_channel_symmetric, rounding="sum_preserving"
     )
-    return QConfigMapping().set_global(QConfig(HistogramObserver.with_args(), weight))
+    mapping = QConfigMapping().set_global(QConfig(activation, weight))
+    whole = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
+    for object_type in TRANSPOSED:
+        mapping.set_object_type(object_type, QConfig(activation, whole))
+    return mapping
 
 
 @hookimpl
