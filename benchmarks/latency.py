@@ -77,23 +77,26 @@ def measure(
     contenders: list[str], network: str, batch: int, rounds: int, calls: int, threads: int
 ) -> dict[str, list[float]]:
     """Milliseconds of each contender in each round."""
-    workers = {}
-    for contender in contenders:
-        command = [sys.executable, "-W", "ignore", __file__, "--serve", contender, "--networks", network]
-        command += ["--batches", str(batch), "--calls", str(calls), "--threads", str(threads)]
-        pipe = subprocess.PIPE
-        workers[contender] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        if _line(workers[contender]) != "ready":
-            raise RuntimeError(f"{contender} can't be built for {network}; run it alone with --serve {contender}")
+    workers: dict[str, subprocess.Popen[str]] = {}
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for _ in range(rounds):
-        for contender, worker in workers.items():
-            assert worker.stdin is not None
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            times[contender].append(float(_line(worker)))
-    for worker in workers.values():
-        worker.communicate()
+    try:
+        for contender in contenders:
+            command = [sys.executable, "-W", "ignore", __file__, "--serve", contender, "--networks", network]
+            command += ["--batches", str(batch), "--calls", str(calls), "--threads", str(threads)]
+            pipe = subprocess.PIPE
+            workers[contender] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            if _line(workers[contender]) != "ready":
+                raise RuntimeError(f"{contender} can't be built for {network}; run it alone with --serve {contender}")
+        for _ in range(rounds):
+            for contender, worker in workers.items():
+                assert worker.stdin is not None
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                times[contender].append(float(_line(worker)))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.communicate()
     return times
 
 
@@ -107,8 +110,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["mobilenet_v2", "resnet50_augnet"], choices=sorted(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=5, help="calls in a round")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--calls", type=int, default=4, help="calls in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="a Markdown file to write the table to")
     parser.add_argument("--serve", metavar="CONTENDER", help=argparse.SUPPRESS)
@@ -120,6 +123,7 @@ def main() -> int:
     rows = []
     for network in options.networks:
         for batch in options.batches:
+            print(f"measuring {network}, batch {batch} ...", file=sys.stderr, flush=True)
             times = measure(contenders, network, batch, options.rounds, options.calls, options.threads)
             medians = {name: statistics.median(found) for name, found in times.items()}
             for name in contenders:

@@ -55,6 +55,7 @@ class QuantizedTensor:
         quant_max: largest integer.
         eps: smallest scale that a kernel demands.
         fixed: scale and zero point that a kernel demands.
+        scale_max: largest scale that a kernel takes; known to be kept only when the data is in.
     """
 
     constructor: ObserverConstructor
@@ -63,6 +64,7 @@ class QuantizedTensor:
     quant_max: int
     eps: float | None = None
     fixed: tuple[float, int] | None = None
+    scale_max: float | None = None
 
 
 @dataclass(frozen=True)

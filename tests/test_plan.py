@@ -224,6 +224,7 @@ def test_a_range_that_was_left_open_takes_the_kernel_s_bounds():
             QConfig(qcore.FixedQParamsObserver.with_args(scale=0.25, zero_point=0), WEIGHT),
             "output scale 0.25, it takes exactly 0.5",
         ),
+        (DTypeConfig(bias_dtype=torch.int32), OPEN, "bias dtype float32, it takes int32"),
         (U8, QConfig(MinMaxObserver.with_args(is_dynamic=True), WEIGHT), "it offers no dynamic quantization here"),
         (
             DTypeConfig(), QConfig(qcore.PlaceholderObserver.with_args(dtype=torch.float16), WEIGHT),
@@ -236,6 +237,16 @@ def test_what_a_kernel_does_not_take_is_refused_by_name(dtype_config, qconfig, r
     mapping = QConfigMapping().set_global(qconfig)
     plan = qcore.explain(prepare(LINEARS, mapping, (2, 4), linear_config(dtype_config), on_unsupported="ignore"))
     assert {d.reason for d in plan.decisions} == {f"test doesn't accept its qconfig: {reason}"}
+
+
+def test_a_scale_that_is_too_large_for_a_kernel_is_refused_when_the_data_is_in():
+    limited = DTypeConfig(DTypeWithConstraints(torch.uint8, scale_max_upper_bound=0.1), torch.uint8, torch.int8)
+    prepared = prepare(LINEARS, shape=(2, 4), config=linear_config(limited))
+    prepared(torch.rand(8, 4))
+    qcore.convert_fx(prepared)
+    prepared(1000 * torch.rand(8, 4))
+    with pytest.raises(qcore.errors.ConfigError, match=r"activation_post_process_0 found the scale .*scale_max_upper"):
+        qcore.convert_fx(prepared)
 
 
 def test_the_first_dtype_config_that_accepts_is_used():

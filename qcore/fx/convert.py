@@ -86,6 +86,7 @@ class _Conversion:
         self.notes: list[str] = []
 
     def run(self) -> QGraphModule:
+        self.check_scales()
         self.report_nonfinite()
         for weight in self.plan.weights:
             self.quantize_weight(weight)
@@ -109,6 +110,19 @@ class _Conversion:
         for name in self.preparation.preserved:
             setattr(module, name, copy.deepcopy(getattr(self.prepared, name)))
         return module.with_preparation(self.preparation.at("reference", plan))
+
+    def check_scales(self) -> None:
+        """Refuse scales that are larger than a kernel takes."""
+        problems = []
+        for number, (scale, _) in self.qparams.items():
+            limit = self.plan.tensors[number].scale_max
+            if limit is not None and float(scale.max()) > limit:
+                problems.append(
+                    f"{self.plan.observers[number]} found the scale {float(scale.max()):g}, and a kernel takes at most "
+                    f"{limit:g} (scale_max_upper_bound); keep its operator float, or calibrate on smaller values"
+                )
+        if problems:
+            raise ConfigError(problems)
 
     def report_nonfinite(self) -> None:
         for number, observer in self.observers.items():

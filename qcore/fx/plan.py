@@ -86,7 +86,7 @@ class _Values:
         if first == second:
             return
         kept, other = self.tensors[first], self.tensors[second]
-        self.tensors[first] = _intersected(kept, other.quant_min, other.quant_max, other.eps)
+        self.tensors[first] = _intersected(kept, other.quant_min, other.quant_max, other.eps, other.scale_max)
         self._merged[second] = first
 
     def can_merge(self, numbers: list[int]) -> bool:
@@ -94,13 +94,17 @@ class _Values:
         return all(t.constructor == tensors[0].constructor and t.fixed == tensors[0].fixed for t in tensors)
 
 
-def _intersected(tensor: QuantizedTensor, low: int, high: int, eps: float | None) -> QuantizedTensor:
+def _intersected(
+    tensor: QuantizedTensor, low: int, high: int, eps: float | None, scale_max: float | None
+) -> QuantizedTensor:
     floors = [value for value in (tensor.eps, eps) if value is not None]
+    ceilings = [value for value in (tensor.scale_max, scale_max) if value is not None]
     return replace(
         tensor,
         quant_min=max(tensor.quant_min, low),
         quant_max=min(tensor.quant_max, high),
         eps=max(floors) if floors else None,
+        scale_max=min(ceilings) if ceilings else None,
     )
 
 
@@ -254,6 +258,11 @@ class _Planner:
             if problem:
                 return problem
         op = operator_of(match.anchor)
+        if op is not None and op.bias is not None:
+            bias = match.anchor.args[op.bias]
+            example = bias.meta.get("example") if isinstance(bias, fx.Node) else None
+            if example is not None and dtype_config.bias_dtype not in (None, example.dtype):
+                return f"bias dtype {dtype_name(example.dtype)}, it takes {dtype_name(dtype_config.bias_dtype)}"
         if op is not None and op.weight is not None:
             return _violation("weight", self.traits[qconfig.weight], dtype_config.weight_constraints, True)
         return None
@@ -326,7 +335,7 @@ class _Planner:
         root = self.values.find(number)
         tensor = self.values.tensors[root]
         low, high = _bounds(tensor.traits, constraints)
-        self.values.tensors[root] = _intersected(tensor, low, high, _eps(constraints))
+        self.values.tensors[root] = _intersected(tensor, low, high, *_scale_bounds(constraints))
         return number
 
     def output_tensor(self, qconfig: QConfig, dtype_config: DTypeConfig) -> QuantizedTensor:
@@ -388,9 +397,10 @@ def _bounds(traits: ObserverTraits, constraints: DTypeWithConstraints) -> tuple[
     )
 
 
-def _eps(constraints: DTypeWithConstraints) -> float | None:
-    bound = constraints.scale_min_lower_bound
-    return None if bound is None else float(bound)
+def _scale_bounds(constraints: DTypeWithConstraints) -> tuple[float | None, float | None]:
+    bounds = (constraints.scale_min_lower_bound, constraints.scale_max_upper_bound)
+    low, high = (None if bound is None else float(bound) for bound in bounds)
+    return low, high
 
 
 def _constrained(
@@ -401,7 +411,8 @@ def _constrained(
     fixed = traits.fixed
     if constraints.scale_exact_match is not None and constraints.zero_point_exact_match is not None:
         fixed = (constraints.scale_exact_match, constraints.zero_point_exact_match)
-    return QuantizedTensor(constructor, traits, low, high, _eps(constraints), fixed)
+    eps, scale_max = _scale_bounds(constraints)
+    return QuantizedTensor(constructor, traits, low, high, eps, fixed, scale_max)
 
 
 def _violation(side: str, traits: ObserverTraits, constraints: DTypeWithConstraints, fixes_count: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""Weights for kernels that add pairs of uint8 x int8 products in 16 bits, as x86 CPUs do that have no VNNI.
+"""Weights for kernels that add pairs of uint8 x int8 products in 16 bits, as some CPUs do.
 
 ``vpmaddubsw`` multiplies unsigned by signed bytes and adds neighbouring products into int16, saturating: two weights
 of 127 under activations of 255 lose half their sum. It stays exact as long as, of any pair that a kernel adds, the
