@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--contender", nargs=2, metavar=("NETWORK", "BACKEND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
+        torch.set_num_threads(1)  # As for torch.ao: sums may differ in the last bit by the number of threads.
         print(json.dumps(evaluate(*options.contender)))
         return 0
     columns = list(options.networks)

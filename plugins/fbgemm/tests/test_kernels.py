@@ -86,7 +86,24 @@ def test_names_of_kernels_say_what_they_compute():
     _, converted = make(model, torch.randn(2, 4, 6, 6))
     names = {decision.operators[0]: decision.kernel for decision in qcore.explain(converted).quantized}
     title = BACKEND.upper()
-    assert names == {"conv2d": f"{title} conv2d_relu", "flatten": "integers as they are", "linear": f"{title} linear"}
+    # The ReLU is the lower end of the convolution's range.
+    assert names == {"conv2d": f"{title} conv2d", "flatten": "integers as they are", "linear": f"{title} linear"}
+
+
+def test_a_relu_in_the_middle_of_a_range_is_the_kernels():
+    weight = qcore.PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=torch.per_channel_symmetric)
+    activation = qcore.MinMaxObserver.with_args(qscheme=torch.per_tensor_symmetric)
+    mapping = qcore.QConfigMapping().set_global(qcore.QConfig(activation, weight))
+    for layer, shape in (
+        (nn.Conv1d(4, 4, 1), (2, 4, 9)),
+        (nn.Conv3d(4, 4, 1), (2, 4, 3, 3, 3)),
+        (nn.Linear(4, 4), (9, 4)),
+    ):
+        x = torch.randn(shape)
+        models = make(nn.Sequential(layer, nn.ReLU()), x, mapping=mapping)
+        assert steps(models, x) <= 1.01
+        (decision,) = qcore.explain(models[1]).quantized
+        assert decision.kernel.endswith("_relu")
 
 
 def test_no_warning_about_quantized_dtypes_reaches_the_user():
