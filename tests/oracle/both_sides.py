@@ -122,7 +122,7 @@ def our_name(names, node):
     if node.op == "placeholder":
         return names.name(node, f"input {node.target}")
     origin = node.meta["origin"]
-    name = origin.path if origin.is_module else f"{origin.scope_path}:{object_type_name(origin.object_type)}"
+    name = origin.path if origin.is_module else f"{origin.owner_path}:{object_type_name(origin.object_type)}"
     return names.name(node, name)
 
 

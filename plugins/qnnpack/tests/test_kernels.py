@@ -69,9 +69,9 @@ def test_every_engine_gives_the_same_bits(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_is_quantized_has_a_kernel(case: Case):
     _, converted = make(case.build(), *case.inputs(2))
-    decisions = qcore.explain(converted).quantized
-    if case.name not in LEFT_FLOAT:
-        assert all(decision.kernel and not decision.reason for decision in decisions)
+    for decision in qcore.explain(converted).quantized:
+        if case.name not in LEFT_FLOAT and not {"chunk", "split"} & set(decision.operators):
+            assert decision.kernel and not decision.reason
 
 
 @pytest.mark.parametrize("activation", ["SiLU", "GELU"])
