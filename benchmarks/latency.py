@@ -113,13 +113,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--calls", type=int, default=4, help="calls in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--backends", nargs="+", default=["x86_onednn", "fbgemm", "qnnpack"], help="of qcore")
     parser.add_argument("--output", help="a Markdown file to write the table to")
     parser.add_argument("--serve", metavar="CONTENDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.serve, options.networks[0], options.batches[0], options.calls, options.threads)
         return 0
-    contenders = ["float", *(name for pair in RIVALS.items() for name in (pair[0], pair[1][0]))]
+    wanted = [f"qcore:{backend}" for backend in options.backends]
+    contenders = ["float", *(name for own in wanted for name in (own, RIVALS[own][0]))]
     rows = []
     for network in options.networks:
         for batch in options.batches:
