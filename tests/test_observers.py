@@ -207,7 +207,7 @@ def test_the_histogram_loses_no_more_than_the_whole_range_but_for_the_width_of_i
         seen(histogram, batch)
         seen(whole, batch)
     assert histogram.histogram.sum() == x.numel()
-    assert squared_error(histogram, x) <= squared_error(whole, x) * 1.04 + 1e-30
+    assert squared_error(histogram, x) <= squared_error(whole, x) * 1.08 + 1e-30
     scale, zero_point = histogram.calculate_qparams()
     assert histogram.quant_min <= zero_point <= histogram.quant_max
     assert scale <= whole.calculate_qparams()[0] * 1.0001

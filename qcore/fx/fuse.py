@@ -123,7 +123,8 @@ def _per_output_channel(factor: Tensor, weight: Tensor, transposed: bool, groups
 
 def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, value: Tensor) -> fx.Node:
     """A ``get_attr`` of ``value``: in the place of the old tensor, or beside it if others read that one, too."""
-    if isinstance(old, fx.Node) and len(old.users) > 1:
+    is_taken = len(old.users) > 1 if isinstance(old, fx.Node) else _exists(module, target)
+    if is_taken:
         number = 1
         while _exists(module, f"{target}_folded_{number}"):
             number += 1
