@@ -4,15 +4,19 @@ A plain tensor and a quantized one share their storage (``_as_quantized``, ``_as
 the two families. Where a torch no longer has the quantized ones, plain float arithmetic takes their place.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qcore import ops
+from qcore.errors import BackendUnavailableError
 from qcore.lowering import KernelModule, QParams, QuantizedWeight
+from qcore_x86_onednn.observers import largest_sum
 
 _ONEDNN = torch.ops.onednn
 _NEEDED = (
@@ -39,10 +43,58 @@ def missing_kernels() -> list[str]:
     return [f"onednn::{name}" for name in _NEEDED if not hasattr(_ONEDNN, name)]
 
 
+@functools.cache
 def has_vnni() -> bool:
-    """Whether the CPU adds four products in 32 bits, so that nothing saturates."""
+    """Whether the kernels add four products in 32 bits, so that nothing saturates."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+    # What the CPU has, oneDNN need not use: ONEDNN_MAX_CPU_ISA forbids it, for one. So the kernels are asked, too.
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni")) and not measure_saturation()
+
+
+def measure_saturation() -> bool:
+    """Whether kernels lose something at the ends of the ranges: all weights 127, all activations 255."""
+    exact = 127 * 255 * 16
+    one = torch.ones(16)
+    for size in (0, 1, 3):
+        weight = QuantizedWeight(torch.full((16, 16, *[size] * min(size, 2)), 127, dtype=torch.int8), one, one * 0, 0)
+        x = torch.full((2, 16, *[size] * min(size, 2)), 255, dtype=torch.uint8)
+        qparams = QParams(1.0, 0, 0, 255, torch.uint8)
+        kernel: _Weighted
+        if size == 0:
+            kernel = QLinear(weight, None, qparams, None, ("none", [], ""))
+        else:
+            kernel = QConv(weight, None, qparams, None, ("none", [], ""), ([1, 1], [0, 0], [1, 1], 1))
+        if not bool((kernel.pack()(x) == exact * max(size, 1) ** 2).all()):
+            return True
+    return False
+
+
+def could_saturate(weight: Tensor, input_max: int) -> bool:
+    """Whether a pair of products could overflow 16 bits on this CPU.
+
+    Args:
+        weight: int8, (out, in, ...).
+        input_max: the largest integer that the activation takes.
+    """
+    return not has_vnni() and largest_sum(weight) * input_max > 2**15 - 1
+
+
+def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
+    """The weight of the same grouped convolution with every ``number`` neighbouring groups made one.
+
+    Args:
+        weight: (out, in / groups, ...).
+        groups: of the convolution.
+        number: divides ``groups``.
+
+    Returns:
+        A weight (out, number * in / groups, ...), zero wherever groups met that had nothing in common.
+    """
+    out, width, *kernel = weight.shape
+    merged = weight.new_zeros(groups // number, number, out // groups, number, width, *kernel)
+    for member, part in enumerate(weight.view(groups // number, number, out // groups, width, *kernel).unbind(1)):
+        merged[:, member, :, member] = part
+    return merged.view(out, number * width, *kernel)
 
 
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -149,6 +201,7 @@ class _Weighted(KernelModule):
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("input", input)
         self.activation = activation
+        self.input_max = input.quant_max
         self.gives_float = output is None
         self.bounds: tuple[int, int] | None = None
         if output is None:
@@ -161,6 +214,24 @@ class _Weighted(KernelModule):
     def output_arguments(self) -> tuple[float, int, torch.dtype]:
         """Scale, zero point and dtype of the result, as the kernels take them."""
         return (1.0, 0, torch.float32) if self.gives_float else (*self.qparams("output"), torch.uint8)
+
+    def kernel_weight(self) -> Tensor:
+        """The weight in the form in which the kernel gets it."""
+        return self.weight
+
+    def packed(self) -> Any:
+        """What ``pack`` gave, made once.
+
+        Raises:
+            BackendUnavailableError: the model comes from a CPU with other instructions, and its weights could saturate
+                here.
+        """
+        if self._packed is None and could_saturate(self.kernel_weight(), self.input_max):
+            raise BackendUnavailableError(
+                "This model was converted on a CPU with VNNI instructions. On this CPU, which has none, sums of its "
+                "weights could saturate in 16 bits; prepare and convert it here, or run its reference model"
+            )
+        return super().packed()
 
     @property
     def knows_relu(self) -> bool:
@@ -187,6 +258,7 @@ class QConv(_Weighted):
         output: qparams of the result; ``None`` for float.
         activation: see :class:`_Weighted`.
         geometry: stride, padding, dilation (one number for each dimension) and groups.
+        merged: how many neighbouring groups to compute as one, where the kernel for them alone is slow.
     """
 
     def __init__(
@@ -197,10 +269,12 @@ class QConv(_Weighted):
         output: QParams | None,
         activation: tuple[str, list[float], str],
         geometry: tuple[list[int], list[int], list[int], int],
+        merged: int = 1,
     ) -> None:
         self.dimensions = weight.values.dim() - 2
         super().__init__(weight, bias, input, output, activation)
         self.geometry = geometry
+        self.merged = merged
 
     @property
     def knows_relu(self) -> bool:
@@ -213,27 +287,33 @@ class QConv(_Weighted):
         activation = "" if self.activation[0] == "none" else f" + {self.activation[0]}"
         return f"onednn::qconv{self.dimensions}d_pointwise{activation}"
 
-    def _constants(self) -> tuple[Any, ...]:
+    def kernel_weight(self) -> Tensor:
+        """The weight with groups merged."""
+        return self.weight if self.merged == 1 else merge_groups(self.weight, self.geometry[3], self.merged)
+
+    def _constants(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What the kernels take after the activation, and the geometry."""
+        weight = self.kernel_weight()
+        geometry = (*self.geometry[:3], self.geometry[3] // self.merged)
         input_scale, input_zero_point = self.qparams("input")
-        packed = _ONEDNN.qconv_prepack(
-            self.weight, self.weight_scale, input_scale, input_zero_point, *self.geometry, None
-        )
-        zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
-        return input_scale, input_zero_point, packed, self.weight_scale, zero_points
+        packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, input_scale, input_zero_point, *geometry, None)
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
+        return (input_scale, input_zero_point, packed, self.weight_scale, zero_points), geometry
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
-        constants, bias, geometry = self._constants(), self.bias, self.geometry
-        tail = (*self.output_arguments(), *self.activation)
+        (constants, geometry), bias = self._constants(), self.bias
+        arguments = (bias, *geometry, *self.output_arguments(), *self.activation)
+        dimensions = self.dimensions
 
         def run(x: Tensor) -> Tensor:
-            y: Tensor = kernel(x, *constants, bias, *geometry, *tail)
-            return y
-
-        if self.dimensions == 1:
+            if x.dim() == dimensions + 1:
+                return run(x.unsqueeze(0)).squeeze(0)  # The kernels want a batch.
+            y: Tensor = kernel(x, *constants, *arguments)
             # Of an empty batch the 1d kernel returns four dimensions.
-            return _bounded(lambda x: run(x) if x.shape[0] else run(x).squeeze(2), self.bounds)
+            return y if dimensions > 1 or x.shape[0] else y.squeeze(2)
+
         return _bounded(run, self.bounds)
 
 
@@ -259,17 +339,23 @@ class QConvAdd(QConv):
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:  # type: ignore[override]
         """The kernel with its constants bound."""
         kernel = _ONEDNN.qconv2d_pointwise.binary
-        constants, bias, geometry = self._constants(), self.bias, self.geometry
+        (constants, geometry), bias = self._constants(), self.bias
         tail = (*self.qparams("output"), torch.uint8, *self.qparams("other"), "sum", 1.0, *self.activation)
+        arguments = (bias, *geometry, *tail)
         overwrites, channels_last = self.overwrites, torch.channels_last
 
         def run(x: Tensor, other: Tensor) -> Tensor:
+            if x.dim() == 3:
+                return run(x.unsqueeze(0), other.unsqueeze(0)).squeeze(0)  # The kernel wants a batch.
+            if x.shape[0] != other.shape[0]:  # Examples with a batch of 1 don't tell which side has always 1.
+                batch = x.shape[0] if other.shape[0] == 1 else other.shape[0]
+                x, other = x.expand(batch, -1, -1, -1), other.expand(batch, -1, -1, -1).clone()
             # The kernel writes its result over the residual, and needs it in its own layout.
             if not other.is_contiguous(memory_format=channels_last):
                 other = other.contiguous(memory_format=channels_last)
             elif not overwrites:
                 other = other.clone()
-            y: Tensor = kernel(x, *constants, other, bias, *geometry, *tail)
+            y: Tensor = kernel(x, *constants, other, *arguments)
             return y
 
         return _bounded(run, self.bounds)
@@ -394,13 +480,74 @@ class QMaxPool2d(KernelModule):
         geometry = self.geometry
         if _HAS_QUANTIZED:
             kernel = torch.ops.quantized.max_pool2d.default
-            return lambda x: kernel(x, *geometry)
+            # The kernel wants a batch.
+            return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)
         return lambda x: torch.max_pool2d(x.to(torch.float32), *geometry).to(torch.uint8)
 
     def forward(self, x: Tensor) -> Tensor:
         """The result's integers."""
         run: Callable[[Tensor], Tensor] = self._packed or self.packed()
         return run(x)
+
+
+class QLookup(KernelModule):
+    """Any function of single values, by a table of its results.
+
+    Args:
+        table: the result's integer for each integer, uint8 (256,).
+        function: its name.
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, function: str) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.kernel_name = f"{function} by table"
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The function with its tables bound."""
+        single = self.table
+        # Two neighbouring bytes at once, read as one index in the machine's own byte order, take half the time.
+        of_index = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).to(torch.int64)
+        double = single[of_index].view(torch.int16)
+
+        def run(x: Tensor) -> Tensor:
+            if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+                x = x.contiguous()
+            flat = x.as_strided((x.numel(),), (1,))
+            if x.numel() % 2 or x.storage_offset() % 2:
+                return single.index_select(0, flat.to(torch.int32)).as_strided(x.shape, x.stride())
+            pairs = double.index_select(0, flat.view(torch.uint16).to(torch.int32))
+            return pairs.view(torch.uint8).as_strided(x.shape, x.stride())
+
+        return run
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result's integers."""
+        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
+        return run(x)
+
+
+class QNearest(KernelModule):
+    """Interpolation that only repeats or drops elements, on integers as they are.
+
+    Args:
+        size: of the result.
+        scale_factor: if there is no size.
+        mode: ``"nearest"`` or ``"nearest-exact"``.
+    """
+
+    kernel_name = "interpolate on integers"
+
+    def __init__(self, size: Any, scale_factor: Any, mode: str) -> None:
+        super().__init__()
+        self.arguments = (size, scale_factor, mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result's integers."""
+        result: Tensor = F.interpolate(x, *self.arguments)
+        return result
 
 
 class QClamp(KernelModule):

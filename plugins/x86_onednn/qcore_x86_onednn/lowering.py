@@ -1,15 +1,16 @@
 """Which kernel computes which operator: the table of rules, and the functions that read an operator's arguments."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
 from qcore_x86_onednn import kernels
-from qcore_x86_onednn.observers import largest_sum
 
 _Activation = tuple[str, list[float], str]
 _NONE: _Activation = ("none", [], "")
@@ -31,13 +32,6 @@ def _activation(call: QuantizedCall) -> _Activation:
     return _NONE if found is None or found not in _ACTIVATIONS else _ACTIVATIONS[found](call.nodes[-1].args)
 
 
-def _saturates(call: QuantizedCall, weight: Tensor, is_depthwise: bool) -> bool:
-    """Whether a pair of products could overflow 16 bits on this CPU."""
-    if kernels.has_vnni() or is_depthwise:
-        return False
-    return largest_sum(weight) * call.inputs[0].quant_max > 2**15 - 1
-
-
 _SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerChannelMinMaxObserver for them")
 
 
@@ -49,11 +43,26 @@ def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
     padding = _int_padding(padding, kernel, dilation)
     if padding is None:
         return Declined("padding 'same' isn't symmetric here")
-    is_depthwise = weight.values.shape[1] == 1 and groups > 1 and len(kernel) < 3
-    if _saturates(call, weight.values, is_depthwise):
+    if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
         return _SATURATES
+    merged = _groups_to_merge(weight.values, groups)
+    if kernels.could_saturate(kernels.merge_groups(weight.values, groups, merged), call.inputs[0].quant_max):
+        merged = 1
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return weight, call.bias, call.inputs[0], call.output, _activation(call), geometry
+    return weight, call.bias, call.inputs[0], call.output, _activation(call), geometry, merged
+
+
+def _groups_to_merge(weight: Tensor, groups: int) -> int:
+    """How many neighbouring groups to compute as one; 1 where the kernel for the groups as they are is fast.
+
+    Groups whose channels are no multiple of 4, depthwise convolutions with several outputs for each input, and those
+    of 3 dimensions fall to oneDNN's reference code, tens of times slower than what merging, which adds zeros, costs.
+    """
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    if groups == 1 or (inputs == outputs == 1 and weight.dim() < 5):
+        return 1
+    number = math.lcm(4 // math.gcd(4, inputs), 4 // math.gcd(4, outputs))
+    return number if groups % number == 0 else groups
 
 
 def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
@@ -83,7 +92,7 @@ def conv_add(call: QuantizedCall) -> nn.Module | Declined:
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer, alone or with an activation."""
     assert call.weight is not None
-    if _saturates(call, call.weight.values, False):
+    if kernels.could_saturate(call.weight.values, call.inputs[0].quant_max):
         return _SATURATES
     return kernels.QLinear(call.weight, call.bias, call.inputs[0], call.output, _activation(call))
 
@@ -109,8 +118,33 @@ def clamp(call: QuantizedCall) -> nn.Module | Declined:
     return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
 
 
+def interpolate(call: QuantizedCall) -> nn.Module | Declined:
+    """On integers, if they only move; else in float."""
+    _, size, scale_factor, mode, _ = call.args
+    built = _in_float(op.INTERPOLATE).build(call)
+    unchanged = (call.inputs[0].scale, call.inputs[0].zero_point) == (
+        call.quantized_output.scale,
+        call.quantized_output.zero_point,
+    )
+    if isinstance(built, Declined) or not unchanged or mode not in ("nearest", "nearest-exact"):
+        return built
+    return kernels.QNearest(size, scale_factor, mode)
+
+
 def _in_float(operator: Operator) -> LoweringRule:
     return FloatKernel.rule(operator, kernels.Quantize, kernels.Dequantize)
+
+
+def _by_table(operator: Operator) -> LoweringRule:
+    """A function of single values; the table is what it gives in float."""
+
+    def build(call: QuantizedCall) -> nn.Module | Declined:
+        built = _in_float(operator).build(call)
+        if isinstance(built, Declined):
+            return built
+        return kernels.QLookup(built(torch.arange(256).to(torch.uint8)), operator.name)
+
+    return LoweringRule(operator, build)
 
 
 RULES: tuple[LoweringRule, ...] = (
@@ -123,11 +157,14 @@ RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.MUL, _binary(kernels.QMul)),
     LoweringRule(op.MAX_POOL[1], max_pool2d),
     LoweringRule(op.CLAMP, clamp),
+    LoweringRule(op.INTERPOLATE, interpolate),
+    # In float these take three times as long as by table; what is left in float below, no longer.
+    *(_by_table(operator) for operator in (op.SIGMOID, op.HARDSIGMOID, op.TANH, op.ELU, op.SILU, op.GELU)),
     *(
         _in_float(operator)
         for operator in (
-            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.HARDSIGMOID, op.SIGMOID, op.SOFTMAX, op.TANH,
-            op.LEAKY_RELU, op.ELU, op.SILU, op.GELU, op.INTERPOLATE, op.CAT, op.STACK, op.MAX_POOL[0], op.MAX_POOL[2],
+            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.SOFTMAX, op.LEAKY_RELU, op.CAT, op.STACK,
+            op.MAX_POOL[0], op.MAX_POOL[2],
         )
     ),
 )  # fmt: skip

@@ -1,0 +1,319 @@
+"""What this backend promises beyond the conformance suite: engines, names, residuals, awkward calls, tables."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qcore_x86_onednn import kernels
+from qcore_x86_onednn.plugin import qcore_backend_info, qcore_probe
+from torch import Tensor, nn
+
+import qcore
+from qcore.fx.graph_module import QGraphModule
+from qcore.lowering import QParams
+from qcore.testing import CASES, Case, steps_apart
+
+BACKEND = "x86_onednn"
+#: Computed in float on purpose; the plan says why.
+LEFT_FLOAT = {"conv2d padding same, even kernel"}
+
+pytestmark = pytest.mark.skipif(bool(kernels.missing_kernels()), reason="no oneDNN here")
+
+
+@pytest.fixture(autouse=True)
+def _put_back_what_is_global() -> Iterator[None]:
+    engine, threads = torch.backends.quantized.engine, torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.backends.quantized.engine = engine
+    torch.set_num_threads(threads)
+
+
+class One(nn.Module):
+    """A function of one input, with the layers that it uses."""
+
+    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Two(One):
+    """A function of two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(self, x, y)
+
+
+def make(model: nn.Module, *inputs: Tensor) -> tuple[QGraphModule, nn.Module]:
+    """The reference model and the converted one."""
+    mapping = qcore.get_default_qconfig_mapping(BACKEND)
+    prepared = qcore.prepare_fx(model.eval(), mapping, inputs, backend=BACKEND, on_unsupported="ignore")
+    with torch.no_grad():
+        prepared(*inputs)
+    return qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
+
+
+def steps(models: tuple[QGraphModule, nn.Module], *inputs: Tensor) -> float:
+    """How far the converted model is from the reference, in steps of the output."""
+    reference, converted = models
+    with torch.no_grad():
+        return steps_apart(reference, reference(*inputs), converted(*inputs))[0]
+
+
+def kernel_names(converted: nn.Module) -> list[str]:
+    """The kernels that the plan names, in order."""
+    return [decision.kernel for decision in qcore.explain(converted).quantized]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in LEFT_FLOAT], ids=lambda case: case.name)
+def test_engines_and_layouts_give_the_same_bits(case: Case):
+    _, converted = make(case.build(), *case.inputs(2))
+    results = []
+    inputs = case.inputs(3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = [x.contiguous(memory_format=layout if x.dim() == 4 else torch.contiguous_format) for x in inputs]
+        for engine in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = engine
+            # The copy packs its weights anew, while another engine is set.
+            results += [model(*given) for model in (converted, copy.deepcopy(converted))]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2d 3x3", "conv2d grouped", "conv2d depthwise 3x3", "conv2d + add", "linear", "add", "mul", "sigmoid"]
+)
+def test_4_threads_give_the_same_bits(name: str):
+    (case,) = [case for case in CASES if case.name == name]
+    _, converted = make(case.build(), *case.inputs(2))
+    inputs = case.inputs(8)
+    torch.set_num_threads(1)
+    expected = converted(*inputs)
+    torch.set_num_threads(4)
+    assert torch.equal(converted(*inputs), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_quantized_has_a_kernel(case: Case):
+    _, converted = make(case.build(), *case.inputs(2))
+    for decision in qcore.explain(converted).quantized:
+        if case.name not in LEFT_FLOAT and not {"chunk", "split"} & set(decision.operators):
+            assert decision.kernel and not decision.reason
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "kernel"),
+    [
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.Hardswish()), (2, 4, 6, 6), "onednn::qconv2d_pointwise + hardswish"),
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.SiLU()), (2, 4, 6, 6), "onednn::qconv2d_pointwise + swish"),
+        (nn.Sequential(nn.Linear(9, 6), nn.Hardswish()), (2, 9), "onednn::qlinear_pointwise + hardswish"),
+        (nn.Sequential(nn.Linear(9, 6), nn.SiLU()), (2, 9), "onednn::qlinear_pointwise + swish"),
+        (nn.Sequential(nn.Linear(9, 6), nn.GELU()), (2, 9), "onednn::qlinear_pointwise + gelu"),
+        (nn.Sequential(nn.Linear(9, 6), nn.LeakyReLU(0.2)), (2, 9), "onednn::qlinear_pointwise + leaky_relu"),
+        (nn.Sequential(nn.Linear(9, 6), nn.Tanh()), (2, 9), "onednn::qlinear_pointwise + tanh"),
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU6()), (2, 4, 6, 6), "onednn::qconv2d_pointwise"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_last", [True, False])
+def test_activations_are_computed_in_the_kernel(model: nn.Module, shape: tuple[int, ...], kernel: str, is_last: bool):
+    x = torch.randn(shape)
+    models = make(model if is_last else nn.Sequential(*model, nn.Flatten(0)), x)
+    assert kernel_names(models[1])[0] == kernel
+    assert steps(models, x) <= 1.01 and steps(models, torch.randn(3, *shape[1:])) <= 1.01
+
+
+def _residual(before: Callable[..., Tensor]) -> One:
+    channels = 5
+    return One(before, a=nn.Conv2d(channels, channels, 1), b=nn.Conv2d(channels, channels, 3, padding=1))
+
+
+RESIDUALS = {
+    "conv + x": lambda m, x: m.b(m.a(x)) + m.a(x),
+    "x + conv": lambda m, x: m.a(x) + m.b(m.a(x)),
+    "clamped": lambda m, x: (m.a(x) + m.b(m.a(x))).clamp(-0.1, 0.3),
+    "ReLU": lambda m, x: F.relu(m.b(x) + m.a(x)),
+    "of the model's input": lambda m, x: m.b(m.a(x)) + x,
+}
+#: Others read the residual, or the convolution itself does: it must not be written over.
+READ_ELSEWHERE = {
+    "its own input": lambda m, y: m.b(y) + y,
+    "twice": lambda m, y: m.b(m.b(y) + y) + y,
+    "later": lambda m, y: F.max_pool2d(m.b(y) + y, 2) + F.max_pool2d(y, 2),
+    "returned": lambda m, y: torch.cat([m.b(y) + y, y], 1),
+    "through a view": lambda m, y: (m.b(y) + y) * y.reshape(y.shape),
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8)], ids=str)
+@pytest.mark.parametrize("form", [*RESIDUALS, *READ_ELSEWHERE])
+def test_residuals_are_summed_in_the_kernel(form: str, size: tuple[int, int]):
+    if form == "later" and size == (1, 1):
+        pytest.skip("nothing is left of it")
+    elsewhere = READ_ELSEWHERE.get(form)
+    model = _residual(RESIDUALS[form]) if elsewhere is None else _residual(lambda m, x: elsewhere(m, m.a(x)))
+    x = torch.randn(3, 5, *size)
+    models = make(model, x)
+    assert any("+ sum" in name for name in kernel_names(models[1]))
+    for batch in (3, 1, 0):
+        x = torch.randn(batch, 5, *size)
+        given = x.clone()
+        # Between two kernels, a tie may fall to either side.
+        assert steps(models, x) <= 2.01
+        assert torch.equal(x, given)
+
+
+def test_a_residual_that_must_be_broadcast_has_another_kernel():
+    model = Two(lambda m, x, y: m.a(x) + y, a=nn.Conv2d(4, 4, 1))
+    x, y = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 1, 1)
+    models = make(model, x, y)
+    assert kernel_names(models[1]) == ["onednn::qconv2d_pointwise", "quantized::add"]
+    assert steps(models, x, y) <= 1.01
+
+
+def test_a_residual_may_turn_out_to_be_broadcast_along_the_batch():
+    models = make(Two(lambda m, x, y: m.a(x) + y, a=nn.Conv2d(4, 4, 1)), *torch.randn(2, 1, 4, 5, 5))
+    assert "+ sum" in kernel_names(models[1])[0]
+    for batches in ((3, 1), (1, 3), (3, 3)):
+        x, y = (torch.randn(batch, 4, 5, 5) for batch in batches)
+        given = y.clone()
+        assert steps(models, x, y) <= 1.01 and torch.equal(y, given)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU()), (4, 8)),
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()), (4, 8, 8)),
+        (nn.Sequential(nn.Conv3d(4, 6, 3), nn.ReLU()), (4, 5, 6, 7)),
+        (nn.Sequential(nn.Linear(4, 6), nn.ReLU()), (4,)),
+        (One(lambda m, x: m.b(m.a(x)) + m.a(x), a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1)), (4, 5, 5)),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(2)), (4, 6, 6)),
+    ],
+    ids=str,
+)
+def test_inputs_without_a_batch(model: nn.Module, shape: tuple[int, ...]):
+    x = torch.randn(shape)
+    assert steps(make(model, x), x) <= 1.01
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.b(m.a(x)[:, 1:4, ::2, 1:]),
+        lambda m, x: m.b(m.a(x).transpose(2, 3)[:, :3]),
+        lambda m, x: m.a(x)[:, ::2] + m.a(x)[:, 1::2],
+        lambda m, x: m.a(x)[:, ::2] * m.a(x)[:, 1::2, :1, :1],
+        lambda m, x: F.silu(m.a(x)[1:, 1:4, 1:]),
+        lambda m, x: F.max_pool2d(m.a(x)[:, 1:4, ::2], 2),
+        lambda m, x: F.interpolate(m.a(x)[:, 1:4], scale_factor=2.0),
+        lambda m, x: F.avg_pool2d(m.a(x)[:, 1:4, :, ::2], 2),
+    ],
+)
+def test_inputs_that_are_not_contiguous(function: Callable[..., Tensor]):
+    x = torch.randn(3, 4, 9, 9)
+    models = make(One(function, a=nn.Conv2d(4, 6, 1), b=nn.Conv2d(3, 5, 3)), x)
+    assert steps(models, x) <= 2.01
+    assert steps(models, torch.randn(1, 4, 8, 9).transpose(2, 3)) <= 2.01
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("function", [torch.add, torch.mul])
+def test_two_layouts_at_once(function: Callable[..., Tensor], layout: torch.memory_format):
+    x, y = torch.randn(2, 2, 5, 6, 7)
+    x = x.contiguous(memory_format=torch.channels_last)
+    models = make(Two(lambda m, x, y: function(x, y)), x, y)
+    assert steps(models, x, y.contiguous(memory_format=layout)) <= 1.01
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sigmoid, F.hardsigmoid, torch.tanh, F.elu, F.silu, F.gelu], ids=lambda f: f.__name__
+)
+def test_tables_give_just_what_the_reference_does(function: Callable[[Tensor], Tensor]):
+    models = make(One(lambda m, x: function(F.max_pool2d(x, 1) + x)), torch.randn(2, 4, 6, 6) * 3)
+    assert kernel_names(models[1])[-1] == f"{function.__name__} by table"
+    reference, converted = models
+    for shape in ((2, 4, 6, 6), (1, 1, 1, 1), (1, 3, 5, 5), (0, 4, 6, 6), (1, 2, 3, 1)):
+        x = torch.randn(shape) * 3
+        # The sum before it may be one step off at a tie; the table itself is compared below.
+        assert converted(x).shape == reference(x).shape
+    table = next(module for module in converted.modules() if isinstance(module, kernels.QLookup))
+    x = torch.arange(256).to(torch.uint8)
+    for given in (x, x[1:], x[:255], x.view(1, 4, 8, 8).contiguous(memory_format=torch.channels_last), x[::3]):
+        assert torch.equal(table(given), table.table[given.long()])
+
+
+def test_nearest_neighbours_are_taken_on_integers():
+    for model, shape in (
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Upsample(scale_factor=2)), (2, 4, 5)),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(size=(7, 3))), (2, 4, 5, 5)),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=2, mode="nearest-exact")), (2, 4, 5, 5)),
+        (nn.Sequential(nn.Conv3d(4, 4, 1), nn.Upsample(scale_factor=2)), (2, 4, 3, 4, 5)),
+    ):
+        x = torch.randn(shape)
+        models = make(model, x)
+        assert kernel_names(models[1])[-1] == "interpolate on integers"
+        assert steps(models, x) == 0
+
+
+def test_the_same_model_without_quantized_kernels(monkeypatch: pytest.MonkeyPatch):
+    """Plain arithmetic takes their place, once torch has them no longer."""
+    for case in CASES:
+        models = make(case.build(), *case.inputs(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_HAS_QUANTIZED", False)
+            bare = pickle.loads(pickle.dumps(models[1])), make(case.build(), *case.inputs(2))
+            inputs = case.inputs(3)
+            assert steps((models[0], bare[0]), *inputs) <= 2.01, case.name
+            assert steps(bare[1], *inputs) <= 2.01, case.name
+
+
+def test_several_threads_pack_at_once():
+    case = next(case for case in CASES if case.name == "conv2d + add, residual read later")
+    _, converted = make(case.build(), *case.inputs(2))
+    inputs = [case.inputs(batch) for batch in (1, 2, 3)]
+    expected = [converted(*given) for given in inputs]
+    fresh = copy.deepcopy(converted)
+
+    def call(number: int) -> bool:
+        return all(
+            torch.equal(fresh(*inputs[(number + turn) % 3]), expected[(number + turn) % 3]) for turn in range(12)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(8)))
+
+
+def test_extreme_values_saturate_at_the_ends_of_the_range():
+    quantize = kernels.Quantize(QParams(0.5, 3, 0, 255, torch.uint8))
+    x = torch.tensor([float("inf"), 1e30, 126.0, 0.0, -1.5, -1e30, float("-inf")])
+    assert quantize(x).tolist() == [255, 255, 255, 3, 0, 0, 0]
+    narrow = kernels.Quantize(QParams(0.5, 3, 1, 100, torch.uint8))
+    assert narrow(x).tolist() == [100, 100, 100, 3, 1, 1, 1]
+
+
+def test_the_backend_says_what_it_runs_on():
+    assert qcore_backend_info().name == BACKEND
+    availability = qcore_probe()
+    assert availability.ok
+    assert ("no VNNI" in availability.isa) != kernels.has_vnni()
+
+
+def test_neither_importing_nor_converting_warns():
+    program = (
+        "import warnings, torch; warnings.simplefilter('error'); import qcore; m = torch.nn.Linear(8, 8);"
+        "x = torch.randn(2, 8); mapping = qcore.get_default_qconfig_mapping('x86_onednn');"
+        "p = qcore.prepare_fx(torch.nn.Sequential(m).eval(), mapping, (x,), backend='x86_onednn'); p(x);"
+        "qcore.convert_fx(p)(x)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,232 @@
+"""Sums of pairs in 16 bits: which weights the kernels pair, and that nothing that could saturate gets to a kernel."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qcore_x86_onednn import kernels
+from qcore_x86_onednn.backend_config import backend_config
+from qcore_x86_onednn.observers import SaturationFreePerChannelMinMaxObserver, input_channel_pairs, largest_sum
+from qcore_x86_onednn.plugin import qcore_observers
+from torch import Tensor, nn
+
+import qcore
+from qcore.dtypes import QScheme
+from qcore.errors import BackendUnavailableError
+from qcore.fx.operators import LINEAR
+from qcore.lowering import QParams, QuantizedWeight
+from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver, largest_pair_sum
+from qcore.testing import steps_apart
+
+pytestmark = pytest.mark.skipif(bool(kernels.missing_kernels()), reason="no oneDNN here")
+
+NO_ACTIVATION = ("none", [], "")
+UNIT = QParams(1.0, 0, 0, 255, torch.uint8)
+
+#: Weight's shape and groups: plain, pointwise, grouped, depthwise kernels, and a linear layer.
+LAYERS = [
+    ((8, 3, 3, 3), 1),
+    ((32, 5, 2, 2), 1),
+    ((8, 17, 1, 1), 1),
+    ((8, 1, 3, 3), 1),
+    ((16, 8, 2, 2), 2),
+    ((12, 3, 3, 3), 4),
+    ((16, 4, 3, 3), 4),
+    ((8, 1, 3, 3), 8),
+    ((16, 1, 3, 3), 8),
+    ((17, 1, 3, 3), 17),
+    ((8, 5, 3), 1),
+    ((8, 1, 5), 8),
+    ((16, 3, 2, 2, 2), 1),
+    ((8, 1, 3, 3, 3), 8),
+    ((8, 33), 1),
+    ((1, 12), 1),
+]
+
+
+def two_weights(shape: tuple[int, ...], value: int) -> Tensor:
+    """Weights that are ``value`` at two places and 0 elsewhere, for all pairs of places: (pairs, *shape[1:])."""
+    places = torch.tensor(list(itertools.combinations(range(math.prod(shape[1:])), 2)))
+    rows = torch.zeros(len(places), math.prod(shape[1:]), dtype=torch.int8)
+    return rows.scatter_(1, places, value).view(-1, *shape[1:])
+
+
+def real_result(weight: Tensor, groups: int, x: Tensor, merged: int = 1) -> Tensor:
+    """What a kernel computes, as float."""
+    quantized = QuantizedWeight(weight, torch.tensor(1.0), torch.tensor(0), None)
+    if weight.dim() == 2:
+        return kernels.QLinear(quantized, None, UNIT, None, NO_ACTIVATION).pack()(x)
+    n = weight.dim() - 2
+    geometry = ([1] * n, [0] * n, [1] * n, groups)
+    return kernels.QConv(quantized, None, UNIT, None, NO_ACTIVATION, geometry, merged).pack()(x)
+
+
+def exact_result(weight: Tensor, groups: int, x: Tensor) -> Tensor:
+    """The same in float, which is exact for sums below 2**24."""
+    if weight.dim() == 2:
+        return F.linear(x.float(), weight.float())
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    return convolution(x.float(), weight.float(), groups=groups)
+
+
+@pytest.mark.parametrize("value", [127, -128])
+@pytest.mark.parametrize(("shape", "groups"), LAYERS, ids=str)
+def test_a_kernel_is_wrong_only_where_the_observer_expects_it(shape: tuple[int, ...], groups: int, value: int):
+    channels, dimensions = shape[0], len(shape) - 2
+    x = torch.full((2, shape[1] * groups, *[6] * dimensions), 255, dtype=torch.uint8)
+    is_paired = largest_pair_sum(input_channel_pairs(two_weights(shape, value))) > 128
+    for weight, expected_wrong in zip(
+        two_weights(shape, value).split(channels), is_paired.split(channels), strict=True
+    ):
+        full = torch.cat([weight, weight.new_zeros(channels - len(weight), *shape[1:])])
+        wrong = (real_result(full, groups, x) != exact_result(full, groups, x)).movedim(1, 0).reshape(channels, -1)
+        assert not (wrong.any(1)[: len(weight)] & ~expected_wrong).any()
+        assert not (kernels.has_vnni() and wrong.any())
+
+
+@pytest.mark.parametrize(("shape", "groups"), LAYERS, ids=str)
+def test_sums_are_exact_at_the_bound(shape: tuple[int, ...], groups: int):
+    torch.manual_seed(0)
+    weight = torch.randint(-128, 128, shape).to(torch.int8)
+    pairs = weight.view(shape[0], shape[1], -1)
+    if shape[1] > 1:  # The first of a pair leaves to the second what the bound allows.
+        first = pairs[:, 0 : shape[1] // 2 * 2 : 2]
+        pairs[:, 1::2] = torch.where(first < 0, -128 - first.int(), 128 - first.int()).clamp(max=127).to(torch.int8)
+    assert 0 < largest_sum(weight) <= 128
+    x = torch.full((3, shape[1] * groups, *[6] * (len(shape) - 2)), 255, dtype=torch.uint8)
+    assert torch.equal(real_result(weight, groups, x), exact_result(weight, groups, x))
+    x = torch.randint(0, 2, x.shape).to(torch.uint8) * 255
+    assert torch.equal(real_result(weight, groups, x), exact_result(weight, groups, x))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "sum_preserving"])
+@pytest.mark.parametrize(("shape", "groups"), LAYERS, ids=str)
+def test_the_observer_grows_only_channels_that_need_it(shape: tuple[int, ...], groups: int, rounding: str):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    weight[0] = 1.0
+    arguments = {"dtype": torch.int8, "qscheme": QScheme.per_channel_symmetric, "rounding": rounding}
+    plain, own = PerChannelMinMaxObserver(**arguments), SaturationFreePerChannelMinMaxObserver(**arguments)
+    plain(weight), own(weight)
+    before = largest_pair_sum(input_channel_pairs(plain.quantize(weight)))
+    after = largest_pair_sum(input_channel_pairs(own.quantize(weight)))
+    growth = own.calculate_qparams()[0] / plain.calculate_qparams()[0]
+    assert (after <= 128).all()
+    assert torch.equal(growth > 1, before > 128)
+    # By no more than it takes: the pair that made a channel grow comes close to the bound.
+    assert (after[growth > 1] >= 124).all()
+    assert shape[1] == 1 or growth[0] > 1.9
+
+
+def test_own_observers_only_where_pairs_saturate(monkeypatch: pytest.MonkeyPatch):
+    for has_vnni in (False, True):
+        monkeypatch.setattr(kernels, "has_vnni", lambda has_vnni=has_vnni: has_vnni)
+        assert (PerChannelMinMaxObserver in qcore_observers()) == (not has_vnni)
+
+
+@pytest.mark.parametrize("pairs_saturate", [False, True])
+def test_weights_of_one_scale_keep_to_7_bits_where_pairs_saturate(pairs_saturate: bool):
+    (linear,) = [config for config in backend_config(pairs_saturate).configs if config.pattern is LINEAR]
+    (bound,) = {
+        config.weight_constraints.quant_max_upper_bound
+        for config in linear.dtype_configs
+        if config.weight_constraints.qschemes == (QScheme.per_tensor_symmetric,)
+    }
+    assert bound == (64 if pairs_saturate else None)
+
+
+def test_instructions_that_the_kernels_do_not_use_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    # has_vnni remembers its answer; ask the function below the cache.
+    assert kernels.has_vnni.__wrapped__() == (not kernels.measure_saturation())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert not kernels.has_vnni.__wrapped__()
+
+
+class _Own(PerChannelMinMaxObserver):
+    """An observer that the backend doesn't know."""
+
+
+OWN = _Own.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
+
+
+def convert(model: nn.Module, x: Tensor, activation: object = MinMaxObserver) -> tuple[str, float, nn.Module]:
+    """The reason in the plan, the distance from the reference in steps, and the converted model."""
+    mapping = qcore.QConfigMapping().set_global(qcore.QConfig(activation, OWN))
+    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="x86_onednn")
+    with torch.no_grad():
+        prepared(x)
+        reference, converted = qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
+        (decision,) = qcore.explain(converted).quantized
+        return decision.reason, steps_apart(reference, reference(x), converted(x))[0], converted
+
+
+def constant(model: nn.Module) -> nn.Module:
+    """One layer with all weights at the end of their range."""
+    nn.init.constant_(model.weight, 0.5)
+    return nn.Sequential(model)
+
+
+@pytest.mark.parametrize("is_depthwise", [False, True])
+def test_what_could_saturate_is_declined_and_right(is_depthwise: bool):
+    model = constant(nn.Conv2d(8, 8, 3, groups=8 if is_depthwise else 1))
+    reason, apart, _ = convert(model, torch.rand(2, 8, 5, 5))
+    assert ("could saturate" in reason) == (not is_depthwise and not kernels.has_vnni())
+    assert apart <= 1.01
+
+
+def test_activations_of_7_bits_take_weights_of_8():
+    seven_bits = MinMaxObserver.with_args(reduce_range=True)
+    reason, apart, _ = convert(constant(nn.Conv2d(8, 8, 3)), torch.rand(2, 8, 5, 5), seven_bits)
+    assert not reason and apart <= 1.01
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(8, 8, 1), nn.Linear(8, 8)], ids=lambda model: type(model).__name__)
+def test_a_model_from_another_cpu_refuses_to_be_wrong(monkeypatch: pytest.MonkeyPatch, model: nn.Module):
+    x = torch.rand(2, 8) if isinstance(model, nn.Linear) else torch.rand(2, 8, 4, 4)
+    monkeypatch.setattr(kernels, "has_vnni", lambda: True)
+    _, _, converted = convert(constant(model), x)
+    monkeypatch.setattr(kernels, "has_vnni", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="could saturate"):
+        copy.deepcopy(converted)(x)
+
+
+#: Weight's shape, groups, and how many groups are computed as one.
+MERGED = [
+    ((20, 5, 3, 3), 4, 4),
+    ((24, 3, 1, 1), 8, 4),
+    ((12, 6, 3, 3), 4, 4),
+    ((16, 4, 3, 3), 8, 2),
+    ((9, 3, 3, 3), 3, 3),
+    ((12, 3, 3), 4, 4),
+    ((16, 1, 3, 3), 8, 4),
+    ((10, 1, 3), 5, 5),
+    ((8, 1, 3, 3, 3), 8, 4),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups", "merged"), MERGED, ids=str)
+def test_merged_groups_compute_the_same(shape: tuple[int, ...], groups: int, merged: int):
+    torch.manual_seed(0)
+    weight = torch.randint(-64, 65, shape).to(torch.int8)
+    x = torch.randint(0, 256, (2, shape[1] * groups, *[6] * (len(shape) - 2))).to(torch.uint8)
+    assert torch.equal(real_result(weight, groups, x, merged), exact_result(weight, groups, x))
+
+
+def test_groups_are_merged_where_that_is_faster_and_exact():
+    torch.manual_seed(0)
+    x = torch.rand(2, 20, 6, 6)
+    # Channels 1 and 2 make no pair, unless their group begins at an odd channel.
+    for large, merged in (([0], 4), ([1, 2], 4 if kernels.has_vnni() else 1)):
+        model = nn.Conv2d(20, 20, 1, groups=4)
+        nn.init.zeros_(model.weight)
+        model.weight.data[:, large] = 0.5
+        reason, apart, converted = convert(nn.Sequential(model), x)
+        (kernel,) = [module for module in converted.modules() if isinstance(module, kernels.QConv)]
+        assert not reason and apart <= 1.01 and kernel.merged == merged
+    _, _, converted = convert(nn.Sequential(nn.Conv2d(20, 20, 3, groups=20)), x)
+    (kernel,) = [module for module in converted.modules() if isinstance(module, kernels.QConv)]
+    assert kernel.merged == 1
