@@ -126,6 +126,21 @@ def test_a_functional_weight_that_is_read_as_float_too():
     assert {value.dtype for value in found.state_dict().values()} >= {torch.float32, torch.int8}
 
 
+def test_a_parameter_that_is_called_like_the_qparams_of_a_weight_is_left_alone():
+    class Clash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.weight_scale = nn.Parameter(torch.full((4,), 5.0))
+
+        def forward(self, x):
+            return F.linear(x, self.weight) * self.weight_scale
+
+    torch.manual_seed(0)
+    model, x = Clash().eval(), torch.randn(16, 4)
+    assert (convert(model, x)(x) - model(x)).norm() < 0.02 * model(x).norm()
+
+
 def test_a_state_dict_carries_everything_to_a_twin():
     x = torch.randn(16, 4)
     first, second = (convert(Nested(), x * size) for size in (1.0, 3.0))

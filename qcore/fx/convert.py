@@ -212,7 +212,7 @@ class _Conversion:
         integers = observer.quantize(weight)
         stem = target
         number = 0
-        while _has(self.root, stem) or (number == 0 and self.is_read_as_float(source)):
+        while self.is_taken(stem, number) or (number == 0 and self.is_read_as_float(source)):
             number += 1
             stem = f"{target}_int{number}"
         set_tensor(self.root, stem, integers)
@@ -223,6 +223,11 @@ class _Conversion:
                 self.graph.create_node("get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
             ]
             return self.graph.call_function(dequantize, (*attributes, *axis))
+
+    def is_taken(self, stem: str, number: int) -> bool:
+        """Whether a name for integers, or one for their qparams, belongs to something else already."""
+        others = [f"{stem}_scale", f"{stem}_zero_point", *([stem] if number else [])]
+        return _has(self.root, stem) or any(_has(self.prepared, name) for name in others)
 
     def is_read_as_float(self, source: fx.Node) -> bool:
         return any(user.name not in self.quantized_readers for user in source.users)
