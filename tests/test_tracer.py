@@ -99,6 +99,14 @@ class Inplace(nn.Module):
         return total, y.add_(3), identity
 
 
+class Statements(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        y.sub_(1)
+        y.masked_fill_(y < 0, 5.0)
+        return y
+
+
 class Buffers(nn.Module):
     def __init__(self):
         super().__init__()
@@ -125,6 +133,7 @@ class OwnConv(nn.Conv1d):
 
 MODELS = {
     "in-place": (Inplace(), (3, 4)),
+    "in-place statements": (Statements(), (3, 4)),
     "buffers": (Buffers(), (3, 4)),
     "shared": (Shared(), (3, 4)),
     "padding by reflection": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (1, 2, 5, 5)),

@@ -200,7 +200,7 @@ class NormalFormTracer(fx.Tracer):
         if kind in ("call_function", "call_method") and origin is None:
             origin = self._make_origin(target, False, self.scope.module_path)
             call = self._normal_form(target, args, kwargs)
-            inplace = call.inplace if call is not None else target in INPLACE
+            inplace = call.inplace if call is not None else _writes_in_place(target, kwargs)
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
             if call is not None and call.operator is not None:
@@ -232,6 +232,14 @@ class NormalFormTracer(fx.Tracer):
         if call is not None and target in INPLACE:
             return Call(call.operator, call.args, inplace=True)
         return call
+
+
+def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a normal form overwrites its first argument, by torch's way of naming."""
+    if kwargs.get("inplace") is True:
+        return True
+    name = target if isinstance(target, str) else ""
+    return (name.endswith("_") and not name.endswith("__")) or (not name and target in INPLACE)
 
 
 def trace(
