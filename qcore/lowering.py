@@ -6,6 +6,7 @@ floats and one that goes back. Operators that only move elements (reshape, permu
 integers by themselves. What no rule takes stays the float operator that it is in the reference model.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
 from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_named, operator_of
+
+
+# Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
+_packing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,10 @@ class KernelModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define pack")
 
     def packed(self) -> Any:
-        """What ``pack`` gave, made once."""
+        """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
         if self._packed is None:
-            self._packed = self.pack()
+            with _packing:
+                self._packed = self.pack()
         return self._packed
 
     def __getstate__(self) -> dict[str, Any]:

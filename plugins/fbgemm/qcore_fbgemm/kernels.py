@@ -5,7 +5,6 @@ weights are packed: a packed weight remembers its engine, and of the other opera
 forms, that give the same bits whatever engine the process is set to.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from qcore.lowering import KernelModule, QParams, QuantizedWeight
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
 _DTYPE = torch.quint8
-_packing = threading.Lock()
 
 
 def supported_engines() -> list[str]:
@@ -35,8 +33,8 @@ def has_vnni() -> bool:
 
 @contextmanager
 def _engine() -> Iterator[None]:
-    """Pack weights for this engine: it is a setting of the process, so one thread at a time, and put back."""
-    with _packing, warnings.catch_warnings():
+    """Pack weights for this engine: it is a setting of the process, and put back; ``packed`` lets one thread in."""
+    with warnings.catch_warnings():
         # torch says that quantized dtypes are deprecated; users of qcore needn't hear it.
         warnings.simplefilter("ignore")
         before = torch.backends.quantized.engine

@@ -120,16 +120,33 @@ qcore.convert_fx(prepared)(x)
     assert done.returncode == 0, done.stderr
 
 
+def test_models_are_packed_and_run_side_by_side_whatever_the_engine_is():
+    made = [make(case.build(), *case.inputs(2))[1] for case in CASES[:8]]
+    inputs = [case.inputs(2) for case in CASES[:8]]
+    expected = [model(*given) for model, given in zip(made, inputs, strict=True)]
+
+    for engine in ENGINES:
+        torch.backends.quantized.engine = engine
+        fresh = copy.deepcopy(made)
+
+        def call(number: int, fresh: list[nn.Module] = fresh) -> bool:
+            place = number // 4
+            return torch.equal(fresh[place](*inputs[place]), expected[place])
+
+        with ThreadPoolExecutor(4) as pool:  # All four meet the same unpacked model.
+            assert all(pool.map(call, range(32)))
+        assert torch.backends.quantized.engine == engine
+
+
 def test_models_run_side_by_side_while_the_engine_changes():
     made = [make(case.build(), *case.inputs(2))[1] for case in CASES[:8]]
     inputs = [case.inputs(2) for case in CASES[:8]]
     expected = [model(*given) for model, given in zip(made, inputs, strict=True)]
-    fresh = copy.deepcopy(made)
 
     def call(number: int) -> bool:
         torch.backends.quantized.engine = ENGINES[number % len(ENGINES)]
-        place = number % len(fresh)
-        return torch.equal(fresh[place](*inputs[place]), expected[place])
+        place = number % len(made)
+        return torch.equal(made[place](*inputs[place]), expected[place])
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(call, range(64)))
