@@ -7,7 +7,9 @@
     ├── ModelError
     │   ├── TrainingModeError             post-training quantization of a model in training mode
     │   ├── ExampleInputsError            the model doesn't run on the example inputs
-    │   └── TraceError                    the model can't be traced; names the submodule and the source line
+    │   ├── TraceError                    the model can't be traced; names the submodule and the source line
+    │   ├── NothingToQuantizeError        no operator of the model can be quantized as asked
+    │   └── GuardError                    a call in another form than the one that was traced
     ├── CalibrationError                  an observer that saw no data
     ├── BackendError
     │   ├── BackendNotFoundError          no installed plugin has that name
@@ -71,15 +73,25 @@ class TraceError(ModelError):
     Attributes:
         module_path: path of the submodule whose forward failed (``""`` is the model itself).
         location: ``file:line`` of the user's code that failed, or ``None``.
+        reason: what failed there, in a few words.
     """
 
-    def __init__(self, message: str, module_path: str, location: str | None) -> None:
+    def __init__(self, message: str, module_path: str, location: str | None, reason: str = "") -> None:
         super().__init__(message)
         self.module_path = module_path
         self.location = location
+        self.reason = reason or message
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str | None]]:
-        return type(self), (str(self), self.module_path, self.location)
+    def __reduce__(self) -> tuple[type, tuple[str, str, str | None, str]]:
+        return type(self), (str(self), self.module_path, self.location, self.reason)
+
+
+class NothingToQuantizeError(ModelError):
+    """A mapping asks for quantization, and nothing in the model can be quantized as it asks."""
+
+
+class GuardError(ModelError):
+    """A call with other constants, containers or sizes than those that the model was prepared for."""
 
 
 class CalibrationError(QcoreError):

@@ -19,7 +19,7 @@ from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
 from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_named, operator_of
-
+from qcore.fx.tracer import is_impure
 
 # Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 _packing = threading.Lock()
@@ -266,6 +266,7 @@ class _Lowering:
         self.enter, self.leave = enter, leave
         self.graph = fx.Graph()
         self.graph.output(self.graph.graph_copy(reference.graph, {}))
+        self.graph.set_codegen(reference.graph._codegen)
         self.root = nn.Module()
         self.integers: dict[fx.Node, _Integers] = {}
         self.kernels: dict[str, str] = {}
@@ -295,9 +296,9 @@ class _Lowering:
                 self.lower_chain(node, None)
             else:
                 self.move(node)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(is_impure)
         self.cross_boundaries()
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(is_impure)
         self.take_attributes()
         plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
         module = QGraphModule(self.root, self.graph)

@@ -82,6 +82,15 @@ class QConfigMapping:
         )
         return self
 
+    @property
+    def asks_for_quantization(self) -> bool:
+        """Whether any rule has a qconfig."""
+        rules = (
+            self.object_type_qconfigs, self.module_name_regex_qconfigs, self.module_name_qconfigs,
+            self.module_name_object_type_order_qconfigs,
+        )  # fmt: skip
+        return self.global_qconfig is not None or any(q is not None for rule in rules for q in rule.values())
+
     def traits(self) -> dict[ObserverConstructor, ObserverTraits]:
         """The traits of every observer constructor in the mapping.
 

@@ -5,7 +5,7 @@ returns it, and printing it shows a table.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qcore.backend_config import DTypeConfig
@@ -29,6 +29,8 @@ class Decision:
         condition: the condition of the backend's pattern, such as ``depthwise``.
         reason: why it stays float; empty if it doesn't.
         kernel: what computes it after lowering; empty before.
+        multiply_adds: that it makes on the example inputs.
+        weights: numbers in its weight.
     """
 
     node: str
@@ -42,6 +44,8 @@ class Decision:
     condition: str = ""
     reason: str = ""
     kernel: str = ""
+    multiply_adds: int = 0
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,35 @@ class WeightQuantization:
 
 
 @dataclass(frozen=True)
+class PythonModule:
+    """A module that stays Python, because it can't be a graph.
+
+    Attributes:
+        path: of the module; ``""`` is the model itself.
+        type_name: its class.
+        reason: why it can't.
+        location: the source line that stands in the way, if it is known.
+        culprit: path of the module whose forward holds that line.
+    """
+
+    path: str
+    type_name: str
+    reason: str
+    location: str | None = None
+    culprit: str = ""
+
+    def __str__(self) -> str:
+        at = f" at {self.location}" if self.location else ""
+        line = f"{self.path or 'the model'} ({self.type_name}) stays Python: {self.reason}{at}"
+        if self.culprit in ("", self.path):
+            return line
+        return (
+            f"{line}; to trace around {self.culprit}, keep it whole with "
+            f"PrepareCustomConfig().set_non_traceable_module_names([{self.culprit!r}])"
+        )
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """All decisions for a model, and all that the passes need to carry them out.
 
@@ -109,6 +142,9 @@ class QuantizationPlan:
         weights: the weights to quantize.
         observers: names of the observers in the prepared model, by number of the qparams.
         notes: what came up later, such as NaN in calibration.
+        parts: paths of the modules that are graphs; empty if the whole model is one.
+        python: the modules that stay Python.
+        other_weights: weights of convolutions and linear layers that no decision speaks of, as they are Python.
     """
 
     backend: str
@@ -120,6 +156,9 @@ class QuantizationPlan:
     weights: tuple[WeightQuantization, ...] = ()
     observers: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    python: tuple[PythonModule, ...] = ()
+    other_weights: int = 0
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
@@ -130,6 +169,18 @@ class QuantizationPlan:
     def floating(self) -> tuple[Decision, ...]:
         """The decisions for operators that stay float."""
         return tuple(decision for decision in self.decisions if not decision.quantized)
+
+    @property
+    def multiply_add_share(self) -> float:
+        """The share of multiply-adds that are made on integers, of those in graphs; 1 if there are none."""
+        total = sum(decision.multiply_adds for decision in self.decisions)
+        return sum(decision.multiply_adds for decision in self.quantized) / total if total else 1.0
+
+    @property
+    def weight_share(self) -> float:
+        """The share of the weights of convolutions and linear layers that are integers; 1 if there are none."""
+        total = sum(decision.weights for decision in self.decisions) + self.other_weights
+        return sum(decision.weights for decision in self.quantized) / total if total else 1.0
 
     def with_kernels(self, kernels: Mapping[str, str], declined: Mapping[str, str]) -> "QuantizationPlan":
         """The plan with what lowering did: kernels, and reasons where it had none, by a chain's first node."""
@@ -146,7 +197,8 @@ class QuantizationPlan:
     def summary(self) -> str:
         """One line: how many operators went to integers, and how many stayed float for which reason."""
         total, quantized = len(self.decisions), len(self.quantized)
-        line = f"{self.backend}: {quantized} of {total} operators on integers"
+        shares = f"{self.multiply_add_share:.0%} of multiply-adds, {self.weight_share:.0%} of weights"
+        line = f"{self.backend}: {quantized} of {total} operators on integers ({shares})"
         reasons = Counter(decision.reason for decision in self.floating)
         return line + "".join(f"; {count} float: {reason}" for reason, count in reasons.most_common())
 
@@ -158,7 +210,38 @@ class QuantizationPlan:
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
         ]
         lines.insert(1, "  ".join(["-" * width for width in widths] + ["-" * len(header[-1])]))
-        return "\n".join([self.summary(), "", *(line.rstrip() for line in lines), *(f"note: {n}" for n in self.notes)])
+        head = [self.summary(), *(str(module) for module in self.python)]
+        if self.python:
+            head.append(f"graphs: {', '.join(self.parts) or 'none'}")
+        return "\n".join([*head, "", *(line.rstrip() for line in lines), *(f"note: {n}" for n in self.notes)])
+
+
+def joined_plan(
+    plans: Mapping[str, QuantizationPlan],
+    idle: Mapping[str, QuantizationPlan],
+    python: Sequence[PythonModule],
+    other_weights: int,
+) -> QuantizationPlan:
+    """The plan of a model of which only parts are graphs.
+
+    Args:
+        plans: of the parts, by path in the model.
+        idle: of modules that could be parts, but in which nothing is quantized.
+        python: the modules that stay Python.
+        other_weights: of them.
+
+    Returns:
+        A plan to read, not to carry out: its qparams stay with the parts.
+    """
+    every = [*plans.values(), *idle.values()]
+    return QuantizationPlan(
+        backend=next((plan.backend for plan in every), ""),
+        decisions=tuple(decision for plan in every for decision in plan.decisions),
+        notes=tuple(f"{path}: {note}" for path, plan in plans.items() for note in plan.notes),
+        parts=tuple(plans),
+        python=tuple(python),
+        other_weights=other_weights,
+    )
 
 
 def _row(decision: Decision) -> tuple[str, str, str, str, str]:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from qcore.backend_config import BackendConfig
 from qcore.errors import (
+    CalibrationError,
     ConfigError,
+    NothingToQuantizeError,
     NotSupportedError,
     TrainingModeError,
     UnsupportedQConfigError,
@@ -20,15 +22,17 @@ from qcore.errors import (
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
-from qcore.fx.graph_module import Preparation, QGraphModule
+from qcore.fx.graph_module import PARTIAL, FloatFallback, PartialPreparation, Preparation, QGraphModule
 from qcore.fx.observe import observe
+from qcore.fx.parts import Part, copy_of, find_parts, plain_attributes, replace_modules, same_random_numbers
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
-from qcore.fx.shapes import propagate_examples
+from qcore.fx.shapes import propagate_examples, run_model
 from qcore.fx.tracer import trace
 from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
+from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import QConfigMapping
-from qcore.quantization_plan import QuantizationPlan
+from qcore.quantization_plan import PythonModule, QuantizationPlan, joined_plan
 
 OnUnsupported = Literal["error", "warn", "ignore"]
 
@@ -36,20 +40,21 @@ OnUnsupported = Literal["error", "warn", "ignore"]
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | dict[str, Any],
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | dict[str, Any],
     prepare_custom_config: PrepareCustomConfig | dict[str, Any] | None = None,
     _equalization_config: QConfigMapping | None = None,
     backend_config: BackendConfig | None = None,
     *,
     backend: str | None = None,
     on_unsupported: OnUnsupported = "warn",
-) -> QGraphModule:
+) -> nn.Module:
     """Make a copy of a float model with observers in it, ready for calibration.
 
     Args:
         model: in evaluation mode; it isn't changed.
         qconfig_mapping: which qconfig goes to which operator.
-        example_inputs: a tuple on which ``model(*example_inputs)`` runs; shapes and dtypes are read from that run.
+        example_inputs: a tuple on which ``model(*example_inputs)`` runs, a dictionary on which
+            ``model(**example_inputs)`` runs, or both: ``(tuple, dict)``. Shapes and dtypes are read from that run.
         prepare_custom_config: exceptions.
         _equalization_config: not supported yet.
         backend_config: a capability of your own, for the reference backend; or one that narrows ``backend``.
@@ -59,13 +64,16 @@ def prepare_fx(
             ``explain(prepared)``. The operator stays float.
 
     Returns:
-        A GraphModule that computes what ``model`` does, and watches.
+        A model that computes what ``model`` does, and watches: a GraphModule if the model could be traced whole, else
+        a copy of the model, of its own class, with GraphModules in the place of the largest submodules that could be.
+        ``explain`` tells which, and why not the others.
 
     Raises:
         ConfigError: names in the mapping that match nothing, observers that can't be built, wrong types; all at once.
         UnsupportedQConfigError: with ``on_unsupported="error"``.
         TrainingModeError: the model is in training mode.
-        TraceError: the model can't be traced.
+        NothingToQuantizeError: nothing in the model can be quantized as the mapping asks; with
+            ``on_unsupported="ignore"`` the plan is empty instead.
         ExampleInputsError: the model doesn't run on the example inputs.
         BackendError: the backend isn't installed, can't be loaded, or can't run on this machine.
         NotSupportedError: an argument that has no effect yet.
@@ -89,24 +97,87 @@ def prepare_fx(
     if problems:
         raise ConfigError(problems)
 
-    traced = trace(model, custom.non_traceable_module_names, custom.non_traceable_module_classes)
-    fuse(traced, chosen.fusion_patterns())
-    propagate_examples(traced, model, example_inputs)
-    plan, refusals = make_plan(traced, resolver, traits, chosen.name, config)
+    args, kwargs = _call(example_inputs)
+    with same_random_numbers():
+        expected = run_model(model, args, kwargs)
+    found = find_parts(
+        model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
+    )
+    is_custom_config = backend_config is not None and backend is None
+    preparer = _Preparer(resolver, traits, chosen, config, is_custom_config, custom.preserved_attributes)
+    prepared = {path: preparer.prepare(part) for path, part in found.parts.items()}
     if resolver.unmatched_orders():
         raise ConfigError(resolver.unmatched_orders())
-    _report(refusals, on_unsupported)
-    plan = observe(traced, plan, chosen.observers())
-    for name in custom.preserved_attributes:
-        setattr(traced, name, copy.deepcopy(getattr(model, name)))
-    traced.train(model.training)
-    preserved = tuple(custom.preserved_attributes)
-    is_custom = backend_config is not None and backend is None
-    return traced.with_preparation(Preparation("prepared", plan, chosen.name, config, is_custom, preserved))
+    _report(preparer.refusals, on_unsupported)
+    is_empty = not (preparer.quantizes_anything or preparer.refusals)
+    if is_empty and mapping.asks_for_quantization and on_unsupported != "ignore":
+        raise _nothing_to_quantize(model, found.python, list(preparer.plans.values()))
+    if "" in prepared:
+        result: nn.Module = prepared[""]
+    else:
+        result = found.model
+        idle = {path: plan for path, plan in preparer.plans.items() if not plan.quantized}
+        used: dict[int, nn.Module] = {
+            id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle
+        }
+        replace_modules(result, used)
+        result.__dict__[PARTIAL] = PartialPreparation("prepared", found.python, idle, found.other_weights)
+    if custom.guard_failure == "float":
+        result = FloatFallback(result, copy_of(model))
+    return result
+
+
+class _Preparer:
+    """Takes traced parts to prepared ones."""
+
+    def __init__(
+        self,
+        resolver: Resolver,
+        traits: dict[ObserverConstructor, ObserverTraits],
+        backend: Backend,
+        config: BackendConfig,
+        is_custom_config: bool,
+        preserved: Sequence[str],
+    ) -> None:
+        self.resolver = resolver
+        self.traits = traits
+        self.backend = backend
+        self.config = config
+        self.is_custom_config = is_custom_config
+        self.preserved = tuple(preserved)
+        self.refusals: list[Refusal] = []
+        self.plans: dict[str, QuantizationPlan] = {}
+
+    @property
+    def quantizes_anything(self) -> bool:
+        return any(plan.quantized for plan in self.plans.values())
+
+    def prepare(self, part: Part) -> QGraphModule:
+        graph = part.graph
+        before = set(graph.graph.nodes)
+        fuse(graph, self.backend.fusion_patterns())
+        if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
+            propagate_examples(graph, part.examples)
+        plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend.name, self.config)
+        self.refusals.extend(refusals)
+        self.plans[part.path] = plan
+        plan = observe(graph, plan, self.backend.observers())
+        graph.train(part.module.training)
+        if part.path:  # The model around it goes on reading what it read.
+            preserved = (*plain_attributes(part.module), *part.kept)
+            vars(graph).update(plain_attributes(part.module))
+        else:
+            preserved = self.preserved
+            for name in preserved:
+                setattr(graph, name, copy.deepcopy(getattr(part.module, name)))
+        preparation = Preparation(
+            "prepared", plan, self.backend.name, self.config, self.is_custom_config, preserved, part.path
+        )
+        return graph.with_preparation(preparation)
 
 
 def convert_fx(
-    graph_module: QGraphModule,
+    graph_module: nn.Module,
     convert_custom_config: ConvertCustomConfig | None = None,
     _remove_qconfig: bool = True,
     qconfig_mapping: QConfigMapping | None = None,
@@ -128,31 +199,28 @@ def convert_fx(
         CalibrationError: some observers saw no data.
         BackendError: the backend can't be loaded or fails.
     """
-    reference = _reference(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
     if keep_original_weights:
         raise NotSupportedError(
             "convert_fx(keep_original_weights=True) isn't supported yet; the prepared model keeps them"
         )
-    preparation = reference.preparation
-    assert preparation is not None
-    if preparation.is_custom_config:
-        return reference
-    return get_available_backend(preparation.backend).lower(reference)
+    references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+    return _with_parts(graph_module, {path: _lowered(reference) for path, reference in references.items()}, "converted")
 
 
 def convert_to_reference_fx(
-    graph_module: QGraphModule,
+    graph_module: nn.Module,
     convert_custom_config: ConvertCustomConfig | None = None,
     _remove_qconfig: bool = True,
     qconfig_mapping: QConfigMapping | None = None,
     backend_config: BackendConfig | None = None,
-) -> QGraphModule:
+) -> nn.Module:
     """Turn a calibrated model into a reference model: float operators between quantize and dequantize.
 
     It runs on every machine, exports, and defines what the backends' kernels must compute. Arguments and errors are
     those of :func:`convert_fx`.
     """
-    return _reference(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+    references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+    return _with_parts(graph_module, references, "reference")
 
 
 def fuse_fx(
@@ -204,10 +272,51 @@ def explain(model: nn.Module) -> QuantizationPlan:
     Raises:
         ConfigError: the model wasn't made by qcore.
     """
-    preparation = model.preparation if isinstance(model, QGraphModule) else None
-    if preparation is None:
+    parts = _parts(model)
+    partial = _partial(model)
+    if not parts and partial is None:
         raise ConfigError(f"explain needs a model that prepare_fx or convert_fx returned, found {type(model).__name__}")
-    return preparation.plan
+    plans = {path: part.preparation.plan for path, part in parts.items() if part.preparation is not None}
+    if partial is None:
+        return next(iter(plans.values()))
+    return joined_plan(plans, partial.idle, partial.python, partial.other_weights)
+
+
+def _parts(model: Any) -> dict[str, QGraphModule]:
+    """The graphs that qcore made, by path in ``model``."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, QGraphModule) and module.preparation is not None
+    }
+
+
+def _partial(model: Any) -> PartialPreparation | None:
+    inner = model.model if isinstance(model, FloatFallback) else model
+    found = getattr(inner, "__dict__", {}).get(PARTIAL)
+    return found if isinstance(found, PartialPreparation) else None
+
+
+def _lowered(reference: QGraphModule) -> nn.Module:
+    preparation = reference.preparation
+    assert preparation is not None
+    if preparation.is_custom_config:
+        return reference
+    return get_available_backend(preparation.backend).lower(reference)
+
+
+def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str) -> nn.Module:
+    """A copy of a prepared model with its parts replaced; what is replaced isn't copied."""
+    if "" in new:
+        return new[""]
+    memo: dict[int, Any] = {id(model.get_submodule(path)): part for path, part in new.items()}
+    result = copy.deepcopy(model, memo)
+    inner = result.model if isinstance(result, FloatFallback) else result
+    if PARTIAL in inner.__dict__:
+        inner.__dict__[PARTIAL] = replace(inner.__dict__[PARTIAL], stage=stage)
+    return result
 
 
 def _as_mapping(mapping: QConfigMapping | dict[str, Any]) -> QConfigMapping:
@@ -231,10 +340,10 @@ def _check_arguments(model: Any, example_inputs: Any, equalization: Any, on_unsu
     problems = []
     if not isinstance(model, nn.Module):
         problems.append(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(example_inputs, torch.Tensor) or not isinstance(example_inputs, (tuple, list)):
+    if isinstance(example_inputs, torch.Tensor) or not isinstance(example_inputs, (tuple, list, dict)):
         problems.append(
-            f"example_inputs: expected a tuple of positional arguments, found {type(example_inputs).__name__}; "
-            "write (x,) for one input"
+            "example_inputs: expected a tuple of positional arguments, a dictionary of keyword arguments or both in a "
+            f"tuple, found {type(example_inputs).__name__}; write (x,) for one input"
         )
     if on_unsupported not in ("error", "warn", "ignore"):
         problems.append(f'on_unsupported: expected "error", "warn" or "ignore", found {on_unsupported!r}')
@@ -309,31 +418,77 @@ def _report(refusals: Iterable[Refusal], on_unsupported: OnUnsupported) -> None:
     )
 
 
-def _reference(
+def _references(
     prepared: Any,
     custom: ConvertCustomConfig | None,
     remove_qconfig: bool,
     mapping: QConfigMapping | None,
     backend_config: BackendConfig | None,
-) -> QGraphModule:
-    preparation = prepared.preparation if isinstance(prepared, QGraphModule) else None
-    if preparation is None or preparation.stage != "prepared":
-        stage = f"a {preparation.stage} model" if preparation else type(prepared).__name__
+) -> dict[str, QGraphModule]:
+    """The reference model of every part, by path."""
+    parts = _parts(prepared)
+    preparations = {path: part.preparation for path, part in parts.items() if part.preparation is not None}
+    other = next((p.stage for p in preparations.values() if p.stage != "prepared"), None)
+    if other is not None or not (parts or _partial(prepared)):
+        stage = f"a {other} model" if other else type(prepared).__name__
         raise ConfigError(f"convert_fx needs what prepare_fx returned, found {stage}")
     if not remove_qconfig:
         raise NotSupportedError("_remove_qconfig=False: no module of a prepared model carries a qconfig; see explain()")
     if mapping is not None:
         raise NotSupportedError("convert_fx(qconfig_mapping=...) isn't supported yet; give the mapping to prepare_fx")
-    if backend_config is not None and backend_config != preparation.backend_config:
-        raise ConfigError(
-            f"convert_fx got another backend_config ({backend_config!r}) than prepare_fx "
-            f"({preparation.backend_config!r}); leave it out: the model remembers the one it was prepared with"
-        )
-    kernels = get_available_backend(preparation.backend).observers()
-    if custom is not None:
-        names = tuple(dict.fromkeys((*preparation.preserved, *custom.preserved_attributes)))
-        missing = [name for name in names if not hasattr(prepared, name)]
-        if missing:
-            raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
-        preparation = replace(preparation, preserved=names)
-    return convert_to_reference(prepared, preparation, kernels)
+    references = {}
+    empty: list[CalibrationError] = []
+    for path, preparation in preparations.items():
+        if backend_config is not None and backend_config != preparation.backend_config:
+            raise ConfigError(
+                f"convert_fx got another backend_config ({backend_config!r}) than prepare_fx "
+                f"({preparation.backend_config!r}); leave it out: the model remembers the one it was prepared with"
+            )
+        if custom is not None and len(parts) == 1 and not path:
+            names = tuple(dict.fromkeys((*preparation.preserved, *custom.preserved_attributes)))
+            missing = [name for name in names if not hasattr(prepared, name)]
+            if missing:
+                raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
+            preparation = replace(preparation, preserved=names)
+        kernels = get_available_backend(preparation.backend).observers()
+        try:
+            references[path] = convert_to_reference(parts[path], preparation, kernels)
+        except CalibrationError as error:
+            empty.append(error)
+    if empty:
+        raise _joined_calibration_error(empty, list(parts))
+    return references
+
+
+def _joined_calibration_error(errors: list[CalibrationError], paths: list[str]) -> CalibrationError:
+    if len(errors) == 1:
+        return errors[0]
+    messages = "\n".join(f"  - {error}" for error in errors[:5])
+    return CalibrationError(
+        f"{len(errors)} of the model's {len(paths)} parts weren't calibrated:\n{messages}",
+        [name for error in errors for name in error.observers],
+    )
+
+
+def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    inputs = tuple(example_inputs)
+    if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        return inputs
+    return inputs, {}
+
+
+def _nothing_to_quantize(
+    model: nn.Module, python: Sequence[PythonModule], plans: Sequence[QuantizationPlan]
+) -> NothingToQuantizeError:
+    reasons = [str(module) for module in python[:3]]
+    for plan in plans:
+        reasons.extend(f"{' + '.join(d.operators)} at {d.path or d.node}: {d.reason}" for d in plan.decisions[:3])
+    listed = "".join(f"\n  - {reason}" for reason in dict.fromkeys(reasons)) or " it has no operators"
+    return NothingToQuantizeError(
+        f"nothing in {type(model).__name__} can be quantized as the mapping asks:{listed}\n"
+        'Ask for other operators in the QConfigMapping, or take the float model: on_unsupported="ignore" gives an '
+        "empty plan"
+    )

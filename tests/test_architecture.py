@@ -110,7 +110,7 @@ def test_modules_are_small():
 
 
 def test_the_core_keeps_its_budget():
-    assert sum(code_lines(path) for path in CORE) < 4500
+    assert sum(code_lines(path) for path in CORE) < 6000
 
 
 def layer(path):

@@ -68,10 +68,11 @@ def test_a_model_in_training_mode_names_what_is_training():
     ("inputs", "message"),
     [
         ((torch.randn(2, 5),), r"doesn't run on example_inputs=\(float32\[2, 5\]\): "),
-        ((), r"takes 1 inputs \(input_1\), example_inputs holds 0"),
-        ((torch.randn(2, 4), torch.randn(1)), "example_inputs holds 2"),
+        ((), r"doesn't run on example_inputs=\(\): .*missing 1 required positional argument"),
+        ((torch.randn(2, 4), torch.randn(1)), r"float32\[2, 4\], float32\[1\]\): .*takes 2 positional arguments"),
+        ({"y": torch.randn(2, 4)}, r"example_inputs=\(y=float32\[2, 4\]\): .*unexpected keyword argument 'y'"),
     ],
-    ids=["wrong shape", "too few", "too many"],
+    ids=["wrong shape", "too few", "too many", "wrong name"],
 )
 def test_example_inputs_that_the_model_rejects(inputs, message):
     with pytest.raises(errors.ExampleInputsError, match=message):
@@ -90,16 +91,27 @@ class Undecided(nn.Module):
         return -x
 
 
-def test_a_model_that_cannot_be_traced_names_submodule_and_line():
+def test_a_model_in_which_nothing_can_be_quantized_says_why():
+    with pytest.raises(errors.NothingToQuantizeError) as caught:
+        prepare(nn.Sequential(nn.Identity(), Undecided()).eval())
+    message = str(caught.value)
+    assert "nothing in Sequential can be quantized" in message and "test_bad_input.py" in message
+    assert "it decides by the data in gt" in message and "if x.sum() > 0" in message
+    prepared = prepare(nn.Sequential(nn.Identity(), Undecided()).eval(), on_unsupported="ignore")
+    assert qcore.explain(prepared).decisions == ()
+    assert prepared(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_fusing_a_model_that_cannot_be_traced_names_submodule_and_line():
     module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Identity(), Undecided())).eval()
     with pytest.raises(errors.TraceError) as caught:
-        prepare(module)
+        qcore.fuse_fx(module)
     assert caught.value.module_path == "1.1"
     assert "'1.1' (Undecided)" in str(caught.value)
     assert "test_bad_input.py" in str(caught.value) and "if x.sum() > 0" in str(caught.value)
     assert "set_non_traceable_module_names(['1.1'])" in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
-    assert (again.module_path, str(again)) == ("1.1", str(caught.value))
+    assert (again.module_path, again.reason, str(again)) == ("1.1", caught.value.reason, str(caught.value))
     custom = qcore.PrepareCustomConfig().set_non_traceable_module_names(["1.1"])
     assert prepare(module, prepare_custom_config=custom)(*INPUTS).shape == (2, 4)  # What the message says helps.
 

@@ -16,6 +16,7 @@ from qcore.errors import CalibrationError, CalibrationWarning, ConfigError
 from qcore.fx.graph_module import Preparation, QGraphModule, get_attribute, set_tensor
 from qcore.fx.observe import make_observer, observer_nodes
 from qcore.fx.operators import operator_of
+from qcore.fx.tracer import is_impure
 from qcore.observer import ObserverBase
 from qcore.quantization_plan import QuantizationPlan, QuantizedTensor, WeightQuantization
 
@@ -102,7 +103,7 @@ class _Conversion:
             clamp = self.nodes[name]
             clamp.replace_all_uses_with(clamp.all_input_nodes[0])
             self.graph.erase_node(clamp)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(is_impure)
         self.take_attributes()
         plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
         module = QGraphModule(self.root, self.graph)
@@ -230,7 +231,8 @@ class _Conversion:
         return _has(self.root, stem) or any(_has(self.prepared, name) for name in others)
 
     def is_read_as_float(self, source: fx.Node) -> bool:
-        return any(user.name not in self.quantized_readers for user in source.users)
+        preserved = source.target in self.preparation.preserved
+        return preserved or any(user.name not in self.quantized_readers for user in source.users)
 
     def take_attributes(self) -> None:
         """Copy what the graph still reads from the prepared model."""

@@ -15,9 +15,11 @@ class PrepareCustomConfig:
         non_traceable_module_names: paths of modules to keep whole and float.
         non_traceable_module_classes: classes of such modules.
         preserved_attributes: names of attributes of the model to carry over.
+        guard_failure: ``"error"`` or ``"float"``.
     """
 
     def __init__(self) -> None:
+        self.guard_failure = "error"
         self.non_traceable_module_names: list[str] = []
         self.non_traceable_module_classes: list[type[nn.Module]] = []
         self.preserved_attributes: list[str] = []
@@ -35,6 +37,18 @@ class PrepareCustomConfig:
     def set_preserved_attributes(self, attributes: Sequence[str]) -> Self:
         """Carry these attributes of the model over to the prepared and the converted one."""
         self.preserved_attributes = list(attributes)
+        return self
+
+    def set_guard_failure(self, action: str) -> Self:
+        """What to do about a call in a form that the model wasn't prepared for.
+
+        Args:
+            action: ``"error"`` raises a :class:`~qcore.errors.GuardError`; ``"float"`` keeps a float model beside the
+                quantized one and calls that.
+        """
+        if action not in ("error", "float"):
+            raise ConfigError(f'set_guard_failure: expected "error" or "float", found {action!r}')
+        self.guard_failure = action
         return self
 
     def set_standalone_module_name(self, *_arguments: Any, **_keywords: Any) -> Self:

@@ -352,7 +352,8 @@ _OPERATOR_OF_FORM: dict[Any, Operator] = {}
 #: Functions and methods that overwrite their first argument.
 INPLACE: set[Any] = {
     F.hardtanh_, F.relu_, torch.relu_, torch.clamp_, F.leaky_relu_, F.elu_,
-    operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
     "relu_", "clamp_", "clip_", "add_", "mul_", "sigmoid_", "hardsigmoid_", "tanh_",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
 from qcore.fx.match import only_reader
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
+from qcore.fx.shapes import Example
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
         target = f"{target}_folded_{number}"
     set_tensor(module, target, nn.Parameter(value, requires_grad=value.requires_grad))
     with module.graph.inserting_before(reader):
-        return module.graph.create_node("get_attr", target)
+        node = module.graph.create_node("get_attr", target)
+    node.meta["example"] = Example(tuple(value.shape), value.dtype)
+    return node
 
 
 def _exists(module: nn.Module, target: str) -> bool:

@@ -1,5 +1,6 @@
 """The GraphModule that every pass works on: one that deep-copies and pickles with all that qcore knows about it."""
 
+import copy
 import importlib
 import pickle
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from qcore.backend_config import BackendConfig
-from qcore.quantization_plan import QuantizationPlan
+from qcore.errors import GuardError
+from qcore.quantization_plan import PythonModule, QuantizationPlan
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Preparation:
         backend_config: the capability that the plan was made for.
         is_custom_config: whether the user gave that config; then there is no lowering but the reference's.
         preserved: names of attributes of the float model that the user wanted kept.
+        path: of the module in the user's model that this is a part of; ``""`` is the whole model.
     """
 
     stage: str
@@ -32,10 +35,32 @@ class Preparation:
     backend_config: BackendConfig
     is_custom_config: bool = False
     preserved: tuple[str, ...] = ()
+    path: str = ""
 
     def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
         """The same, at another stage."""
         return replace(self, stage=stage, plan=plan or self.plan)
+
+
+@dataclass(frozen=True)
+class PartialPreparation:
+    """What ``prepare_fx`` settled for a model that stays Python, with graphs in the place of some of its modules.
+
+    Attributes:
+        stage: as in :class:`Preparation`.
+        python: the modules that aren't graphs.
+        idle: plans of modules that could be graphs, but in which nothing is quantized, by path; they were left alone.
+        other_weights: weights of convolutions and linear layers outside of all graphs.
+    """
+
+    stage: str
+    python: tuple[PythonModule, ...]
+    idle: Mapping[str, QuantizationPlan]
+    other_weights: int
+
+
+#: Where a model that stays Python keeps its :class:`PartialPreparation`.
+PARTIAL = "_qcore_partial"
 
 
 class QGraphModule(fx.GraphModule):
@@ -54,17 +79,49 @@ class QGraphModule(fx.GraphModule):
         self.meta["qcore"] = preparation
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QGraphModule":
+        # fx copies what it knows of a GraphModule, and no attribute of the user's.
+        result = super().__deepcopy__(memo)
+        assert isinstance(result, QGraphModule)
+        for name, value in self._preserved().items():
+            setattr(result, name, copy.deepcopy(value, memo))
+        return result
+
+    def _preserved(self) -> dict[str, Any]:
+        names = getattr(self.preparation, "preserved", ())
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
     def __reduce__(self) -> tuple[Any, ...]:
         attributes = {
             name: value
             for name, value in self.__dict__.items()
             if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
         }
-        kept = {
-            name: self.__dict__[name] for name in getattr(self.preparation, "preserved", ()) if name in self.__dict__
-        }
+        kept = self._preserved()
         nodes = [_frozen(node) for node in self.graph.nodes]
-        return _thaw, (attributes, kept, nodes, {"qcore": self.preparation})
+        return _thaw, (attributes, kept, nodes, {"qcore": self.preparation}, self.graph._codegen)
+
+
+class FloatFallback(nn.Module):
+    """A model with a float one beside it, for calls in a form that it wasn't prepared for.
+
+    Args:
+        model: prepared or converted.
+        float_model: what it was made of.
+    """
+
+    def __init__(self, model: nn.Module, float_model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.float_model = float_model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result, or the float model's where a guard fails."""
+        try:
+            return self.model(*args, **kwargs)
+        except GuardError:
+            return self.float_model(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -114,9 +171,14 @@ def _function_name(function: Any) -> Any:
 
 
 def _thaw(
-    attributes: dict[str, Any], kept: dict[str, Any], nodes: list[tuple[Any, ...]], meta: dict[str, Any]
+    attributes: dict[str, Any],
+    kept: dict[str, Any],
+    nodes: list[tuple[Any, ...]],
+    meta: dict[str, Any],
+    codegen: fx.graph.CodeGen,
 ) -> QGraphModule:
     graph = fx.Graph()
+    graph.set_codegen(codegen)
     made: dict[str, fx.Node] = {}
 
     def resolve(value: Any) -> Any:

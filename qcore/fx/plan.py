@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from qcore.backend_config import BackendConfig, DTypeConfig, DTypeWithConstraints, ObservationType
 from qcore.dtypes import dtype_name
+from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.match import Match, PatternTable, find_matches
-from qcore.fx.operators import CHUNK, SPLIT, operator_of
+from qcore.fx.operators import CHUNK, SPLIT, Kind, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
@@ -129,6 +130,7 @@ class _Planner:
             for node in traced.graph.nodes
             if node.op == "call_module"
         }
+        self.match_of: dict[fx.Node, Match] = {}
         self.decisions: dict[fx.Node, Decision] = {}
         self.refusals: list[Refusal] = []
         self.weights: list[WeightQuantization] = []
@@ -136,12 +138,12 @@ class _Planner:
 
     def run(self) -> tuple[QuantizationPlan, list[Refusal]]:
         matches = find_matches(self.traced.graph, PatternTable(self.config), self.module_types, self.may_absorb)
-        matched = {node for match in matches for node in match.nodes}
+        self.match_of = {node: match for match in matches for node in match.nodes}
         for match in matches:
             if self.counts(match.result) or is_tuple(match.result):
                 self.decide(match)
         for node in self.traced.graph.nodes:
-            if node not in matched and self.counts(node):
+            if node not in self.match_of and self.counts(node):
                 self.leave_float(node)
         return self.plan(), self.refusals
 
@@ -166,7 +168,7 @@ class _Planner:
             reason = f"rule {resolution.rule} says float"
         decision = Decision(
             node.name, (node.name,), (self.label(node),), self.path(node), False, resolution.rule, resolution.qconfig,
-            reason=reason,
+            reason=reason, multiply_adds=multiply_adds(node), weights=weight_count(node),
         )  # fmt: skip
         self.decisions[node] = decision
         if resolution.is_specific and resolution.qconfig is not None:
@@ -194,6 +196,8 @@ class _Planner:
             rule=resolution.rule,
             qconfig=resolution.qconfig,
             condition=match.config.condition.name if match.config.condition else "",
+            multiply_adds=sum(multiply_adds(node) for node in match.nodes),
+            weights=weight_count(match.anchor),
         )
         reason, is_refused, accepted = self.judge(match, resolution)
         if accepted is None:
@@ -218,6 +222,8 @@ class _Planner:
         problem = self.weight_problem(match)
         if problem:
             return problem, False, None
+        if self.saves_nothing(match, resolution, qconfig):
+            return "it has no weights, and integers wouldn't save a conversion here", False, None
         refusals: list[str] = []
         for dtype_config in match.config.dtype_configs:
             if gives_float(dtype_config) and not self.may_give_float(match):
@@ -266,6 +272,38 @@ class _Planner:
         if op is not None and op.weight is not None:
             return _violation("weight", self.traits[qconfig.weight], dtype_config.weight_constraints, True)
         return None
+
+    def saves_nothing(self, match: Match, resolution: Resolution, qconfig: QConfig) -> bool:
+        """Whether integers here only cost conversions: an operator without weights between float neighbours.
+
+        Computed in float, its integer inputs are dequantized and its result quantized for whoever wants integers;
+        computed in integers, its float inputs are quantized and its result dequantized for whoever wants floats.
+        """
+        op = operator_of(match.anchor)
+        inputs = set(match.inputs())
+        if resolution.is_specific or op is None or op.weight is not None:
+            return False
+        if match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT:
+            return False  # It costs nothing on integers, and ``place`` refuses it on floats.
+        integers = {node for node in inputs if node in self.values.outputs}
+        also_integers = {node for node in inputs - integers if (node, qconfig.activation) in self.values.inputs}
+        readers = list(match.result.users)
+        wanting = [reader for reader in readers if self.wants_integers(reader)]
+        in_float = len(integers) + bool(wanting)
+        in_integers = len(inputs - integers - also_integers) + (len(wanting) < len(readers))
+        return in_integers > in_float or (in_integers == in_float and not integers)
+
+    def wants_integers(self, reader: fx.Node) -> bool:
+        """Whether a reader that isn't decided upon yet will probably be computed on integers."""
+        match = self.match_of.get(reader)
+        if match is None or self.resolution(match.anchor).qconfig is None:
+            return False
+        op = operator_of(match.anchor)
+        if op is None or op.weight is not None:
+            return True
+        if op.kind is Kind.MOVE:
+            return any(self.wants_integers(user) for user in match.result.users)
+        return all(source in self.values.outputs for source in match.inputs() if source.name != reader.name)
 
     def place(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
         """Give the match's inputs, output and weight their qparams; or say why it has to stay float."""

@@ -1,12 +1,18 @@
-"""Runs the traced model once on the example inputs and notes the shape and dtype of every value."""
+"""Runs: the float model on the example inputs, and a traced graph on the same, to prove that it computes the same.
 
+The second run also notes the shape and dtype of every value, on which the plan rests.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from qcore.errors import ExampleInputsError
+from qcore.fx.signature import SignatureCodeGen
 
 
 @dataclass(frozen=True)
@@ -25,43 +31,82 @@ class Example:
 class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             n.meta["example"] = Example(tuple(value.shape), value.dtype)
         return value
 
 
-def propagate_examples(traced: fx.GraphModule, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-    """Write ``meta["example"]`` on every node of ``traced`` whose value is a tensor.
-
-    Args:
-        traced: the traced model.
-        model: the model that it came from, for the message.
-        example_inputs: positional arguments of the model's forward.
+def run_model(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The float model's own result on (copies of) the example inputs.
 
     Raises:
-        ExampleInputsError: the model doesn't run on them.
+        ExampleInputsError: it doesn't run on them; the model's own error is chained.
     """
-    expected = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    required = sum(1 for node in expected if not node.args)
-    described = ", ".join(_describe(value) for value in example_inputs)
-    if not required <= len(example_inputs) <= len(expected):
-        raise ExampleInputsError(
-            f"{type(model).__name__} takes {len(expected)} inputs ({', '.join(node.name for node in expected)}), "
-            f"example_inputs holds {len(example_inputs)}: ({described}). Give a tuple of what forward takes"
-        )
     try:
         with torch.no_grad():
-            _Recorder(traced).run(*example_inputs)
+            return model(*copied(args), **copied(kwargs))
     except Exception as error:
+        given = [*(_describe(value) for value in args), *(f"{name}={_describe(v)}" for name, v in kwargs.items())]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExampleInputsError(
-            f"{type(model).__name__} doesn't run on example_inputs=({described}): {str(error).splitlines()[0]}. "
+            f"{type(model).__name__} doesn't run on example_inputs=({', '.join(given)}): {reason}. "
             "Give inputs on which model(*example_inputs) runs"
         ) from error
 
 
+def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
+    """Run a graph on copies of ``tensors``, write ``meta["example"]`` on every node that gives a tensor.
+
+    Returns:
+        What the module's forward would return.
+    """
+    with torch.no_grad():
+        outputs = _Recorder(traced).run(*copied(tensors), enable_io_processing=False)
+    codegen = traced.graph._codegen
+    return codegen.process_outputs(outputs) if isinstance(codegen, SignatureCodeGen) else outputs
+
+
+def lacks_examples(traced: fx.GraphModule) -> bool:
+    """Whether a pass made nodes of which nothing is noted."""
+    return any("example" not in node.meta and "origin" in node.meta for node in traced.graph.nodes)
+
+
+def difference(expected: Any, found: Any) -> str:
+    """How two results differ; empty if they are the same to the last bit."""
+    wanted, spec = pytree.tree_flatten(expected)
+    given, other = pytree.tree_flatten(found)
+    if spec != other:
+        return "its result is built otherwise"
+    for want, have in zip(wanted, given, strict=True):
+        if isinstance(want, Tensor) and isinstance(have, Tensor):
+            if want.shape != have.shape or want.dtype != have.dtype:
+                return f"it gives {_describe(have)} where the module gives {_describe(want)}"
+            if not torch.equal(want, have) and not _equal_with_nan(want, have):
+                return "it gives other values than the module"
+        elif want is not have and (type(want) is not type(have) or bool(want != have)):
+            return f"it gives {have!r} where the module gives {want!r}"
+    return ""
+
+
+def _equal_with_nan(want: Tensor, have: Tensor) -> bool:
+    return want.is_floating_point() and bool(torch.allclose(want, have, rtol=0, atol=0, equal_nan=True))
+
+
+def copied(values: Any) -> Any:
+    """The values with every tensor among them copied, so that a forward may write into them."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors among nested values."""
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+
+
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return repr(value)
     return type(value).__name__
 
 

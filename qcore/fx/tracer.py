@@ -8,10 +8,9 @@ speaks of.
 """
 
 import copy
-import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,11 @@ from torch import fx, nn
 from torch.fx.proxy import Scope, ScopeContextManager
 
 from qcore.errors import TraceError
+from qcore.fx.example_tracer import ExampleTracer, factories_recorded
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule
+from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
+from qcore.fx.values import Value
 from qcore.qconfig_mapping import ObjectType
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -49,47 +51,71 @@ class Origin:
     index: int
 
 
-class _Value(fx.Proxy):
-    """A traced value that knows ``x += y`` from ``x = x + y``; to fx they are the same."""
-
-    def _inplace(self, function: Callable[..., Any], other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._inplace(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._inplace(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._inplace(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._inplace(operator.itruediv, other)
-
-
-class NormalFormTracer(fx.Tracer):
+class NormalFormTracer(ExampleTracer):
     """An fx tracer that writes known operators in normal form.
 
     Args:
         leaf_names: paths of modules to keep as they are and not to look into.
         leaf_classes: classes of such modules.
+        signature: how the forward is called; ``None`` if that isn't known: then every parameter is a tensor, and
+            nothing is known of sizes.
+        examples: the tensors of that call; they aren't changed.
+        path: of the traced module within the user's model.
+        calls: how often each type was called in each module so far; other parts of the model count on.
     """
 
-    def __init__(self, leaf_names: Iterable[str] = (), leaf_classes: Iterable[type[nn.Module]] = ()) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        leaf_names: Iterable[str] = (),
+        leaf_classes: Iterable[type[nn.Module]] = (),
+        signature: CallSignature | None = None,
+        examples: Sequence[torch.Tensor] = (),
+        path: str = "",
+        calls: "Counter[tuple[str, ObjectType]] | None" = None,
+    ) -> None:
+        super().__init__(examples if signature is not None else None)
         self._leaf_names = frozenset(leaf_names)
         self._leaf_classes = tuple(leaf_classes)
-        self._calls: Counter[tuple[str, ObjectType]] = Counter()
+        self._signature = signature
+        self._path = path
+        self._calls: Counter[tuple[str, ObjectType]] = Counter() if calls is None else calls
         self._overwritten: dict[fx.Node, fx.Node] = {}
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
         self._origin: Origin | None = None
         self.failed_path: str | None = None
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """The value of a node, as a forward sees it."""
-        return _Value(node, self)
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The forward as a function of the tensors of its call, and those."""
+        if self._signature is None:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        signature = self._signature
+        names = [_identifier(name) for name in signature.tensor_names]
+        tensors = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def call(root: nn.Module, *tensors: Any) -> Any:
+            args, kwargs = signature.arguments(tensors)
+            if self._path:  # A part of the user's model may be a known module itself.
+                result = self.call_module(root, lambda *a, **k: root_fn(root, *a, **k), tuple(args), kwargs)
+            else:
+                result = root_fn(root, *args, **kwargs)
+            return self._result(signature, result)
+
+        return call, [self.root, *tensors]
+
+    def _result(self, signature: CallSignature, result: Any) -> Any:
+        form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
+        self.settle_all()
+        if signature.is_plain and form.is_plain:
+            return result
+        self.graph.set_codegen(SignatureCodeGen(signature, form))
+        return tuple(outputs)
+
+    def overwrite(self, value: Value, by: fx.Proxy) -> None:
+        """From here on, whoever reads ``value`` reads ``by``."""
+        self._overwritten[self._current(value.node)] = by.node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
@@ -104,7 +130,9 @@ class NormalFormTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Write a known module as its operator, keep an unknown one of torch as a leaf, and go into all others."""
-        path = self.path_of_module(m)
+        if self.is_evaluating:
+            return forward(*args, **kwargs)
+        path = "" if m is self.root else self.path_of_module(m)
         if self._is_opaque(m, path):
             return self._leaf(m, path, forward, args, kwargs)
         form = MODULES.get(type(m))
@@ -119,7 +147,8 @@ class NormalFormTracer(fx.Tracer):
             try:
                 if form is not None:
                     return self._inside(m, path, forward, args, kwargs)
-                return super().call_module(m, forward, args, kwargs)
+                with ScopeContextManager(self.scope, Scope(path, type(m))):
+                    return forward(*args, **kwargs)
             except Exception:
                 if self.failed_path is None:
                     self.failed_path = path
@@ -127,8 +156,13 @@ class NormalFormTracer(fx.Tracer):
         return self._leaf(m, path, forward, args, kwargs)
 
     def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        if m is self.root:
+            raise TraceError(f"{type(m).__name__} is not known to qcore", path, None)
         self._origin = self._make_origin(type(m), True, path)
-        return self.create_proxy("call_module", path, args, kwargs)
+        result = self.create_proxy("call_module", path, args, kwargs)
+        if getattr(m, "inplace", False) is True and args and isinstance(args[0], fx.Proxy):
+            self._overwritten[self._current(args[0].node)] = result.node
+        return result
 
     def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
@@ -138,8 +172,9 @@ class NormalFormTracer(fx.Tracer):
         return self._leaf(m, path, forward, args, kwargs)
 
     def _make_origin(self, object_type: ObjectType, is_module: bool, path: str) -> Origin:
+        path = ".".join(step for step in (self._path, path) if step)
         # A module's calls are counted in the module that holds it, which may be a list that is never called itself.
-        owner = path.rpartition(".")[0] if is_module else self.scope.module_path
+        owner = path.rpartition(".")[0] if is_module else path
         index = self._calls[(owner, object_type)]
         self._calls[(owner, object_type)] += 1
         return Origin(object_type, is_module, path, owner, self.scope.module_type, index)
@@ -148,18 +183,28 @@ class NormalFormTracer(fx.Tracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        return super().trace(root, concrete_args)
+        with factories_recorded(self):
+            return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter that a forward reads, as a value of the graph; fx searches the whole model for each."""
-        if isinstance(attr_val, nn.Parameter) and id(attr_val) in self._tensor_paths:
+        """A tensor that a forward reads, as a value of the graph; fx searches the whole model for each."""
+        if isinstance(attr_val, torch.Tensor) and not self.is_evaluating and id(attr_val) in self._tensor_paths:
             return self._tensor(self._tensor_paths[id(attr_val)])
         return attr_val
 
     def create_arg(self, a: Any) -> Any:
-        """An argument as the graph holds it; a buffer by its path, which fx would search the whole model for."""
-        if isinstance(a, torch.Tensor) and id(a) in self._tensor_paths:
-            return self._tensor(self._tensor_paths[id(a)]).node
+        """An argument as the graph holds it; a tensor by its path, which fx would search the whole model for."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, torch.Tensor):
+            if id(a) in self._tensor_paths:
+                return self._tensor(self._tensor_paths[id(a)]).node
+            if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
+                # A tensor that the forward made; fx would leave it on the user's model.
+                name = f"_tensor_constant{len(self.constants)}"
+                self.constants[name] = a.detach()
+                self._tensor_paths[id(a)] = name
+                return self._tensor(name).node
         return super().create_arg(a)
 
     def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
@@ -197,7 +242,7 @@ class NormalFormTracer(fx.Tracer):
             kwargs = fx.map_arg(kwargs, self._current)
         origin, self._origin = self._origin, None
         inplace = False
-        if kind in ("call_function", "call_method") and origin is None:
+        if kind in ("call_function", "call_method") and origin is None and target is not check_size:
             origin = self._make_origin(target, False, self.scope.module_path)
             call = self._normal_form(target, args, kwargs)
             inplace = call.inplace if call is not None else _writes_in_place(target, kwargs)
@@ -206,9 +251,10 @@ class NormalFormTracer(fx.Tracer):
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        self.note(node)
         if origin is not None:
             node.meta["origin"] = origin
-        if inplace and isinstance(args[0], fx.Node):
+        if inplace and args and isinstance(args[0], fx.Node):
             self._overwritten[args[0]] = node
         return node
 
@@ -238,56 +284,70 @@ def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call without a normal form overwrites its first argument, by torch's way of naming."""
     if kwargs.get("inplace") is True:
         return True
-    name = target if isinstance(target, str) else ""
-    return (name.endswith("_") and not name.endswith("__")) or (not name and target in INPLACE)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or target in INPLACE
 
 
 def trace(
     model: nn.Module,
     leaf_names: Iterable[str] = (),
     leaf_classes: Iterable[type[nn.Module]] = (),
+    signature: CallSignature | None = None,
+    examples: Sequence[torch.Tensor] = (),
+    *,
+    path: str = "",
+    calls: "Counter[tuple[str, ObjectType]] | None" = None,
+    copies: bool = True,
 ) -> QGraphModule:
     """Trace ``model`` into a GraphModule of its own, in normal form.
-
-    The result shares nothing with ``model``: its parameters, buffers and leaf modules are copies.
 
     Args:
         model: any module; it isn't changed.
         leaf_names: paths of submodules to keep whole.
         leaf_classes: classes of submodules to keep whole.
+        signature: how it is called; ``None`` takes every parameter for a tensor of unknown size.
+        examples: the tensors of that call.
+        path: of ``model`` within the user's model, for the nodes' origins.
+        calls: how often each type was called in each module so far; see ``NormalFormTracer``.
+        copies: whether parameters, buffers and leaf modules of the result are copies, or those of ``model``.
 
     Raises:
         TraceError: the forward can't be traced; names the submodule, the source line and what to do.
     """
-    tracer = NormalFormTracer(leaf_names, leaf_classes)
+    tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
     try:
         graph = tracer.trace(model)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
-    graph.eliminate_dead_code(_is_impure)
-    return QGraphModule(_OwnCopies(model, graph), graph)
+    graph.eliminate_dead_code(is_impure)
+    return QGraphModule(_Root(model, graph, tracer.constants, copies), graph)
 
 
-def _is_impure(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output")
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node stays although nothing reads it."""
+    return node.op in ("placeholder", "output") or node.target is check_size
 
 
-class _OwnCopies(nn.Module):
-    """A root that holds copies of just what a graph refers to; GraphModule takes its attributes from here."""
+def _identifier(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_") or "input"
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+
+class _Root(nn.Module):
+    """A root that holds just what a graph refers to; GraphModule takes its attributes from here."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], copies: bool) -> None:
         super().__init__()
         memo: dict[int, Any] = {}
         for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")):
             owner_path, _, name = target.rpartition(".")
             owner: Any = model.get_submodule(owner_path)
-            value = getattr(owner, name)
+            value = constants[target] if target in constants else getattr(owner, name)
             place: nn.Module = self
             for step in owner_path.split(".") if owner_path else ():
                 if step not in place._modules:
                     place.add_module(step, nn.Module())
                 place = place.get_submodule(step)
-            own = copy.deepcopy(value, memo)
+            own = copy.deepcopy(value, memo) if copies else value
             if isinstance(own, torch.Tensor) and not isinstance(own, nn.Parameter):
                 place.register_buffer(name, own)
             elif name in place._modules and isinstance(own, nn.Module):
@@ -301,12 +361,14 @@ def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
     location = _user_location(error)
     where = f"{path!r} ({type(model.get_submodule(path)).__name__})" if path else f"the model ({type(model).__name__})"
     at = f" at {location}" if location else ""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return TraceError(
         f"{type(model).__name__} can't be traced: the forward of {where} failed{at}: "
-        f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Keep that submodule whole with "
+        f"{reason}. Keep that submodule whole with "
         f"prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names([{path!r}]), or rewrite the line",
         path,
         location,
+        reason,
     )
 
 

@@ -7,6 +7,6 @@ class TestMyChip(BackendConformance):
 """
 
 from qcore.testing.cases import CASES, EXTREME_CASES, Case
-from qcore.testing.conformance import BackendConformance, steps_apart
+from qcore.testing.conformance import BackendConformance, ask_by_name, steps_apart
 
-__all__ = ["CASES", "EXTREME_CASES", "BackendConformance", "Case", "steps_apart"]
+__all__ = ["CASES", "EXTREME_CASES", "BackendConformance", "Case", "ask_by_name", "steps_apart"]

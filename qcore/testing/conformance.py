@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -32,6 +33,19 @@ _WEIGHT_OBSERVERS = {
     "per tensor": _PER_TENSOR,
     "unknown": _Unknown.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric),
 }
+
+
+def ask_by_name(mapping: QConfigMapping) -> QConfigMapping:
+    """A mapping with rules of their own for sums and products: asked for by name, they are quantized between floats.
+
+    Args:
+        mapping: it isn't changed.
+    """
+    named = copy.deepcopy(mapping)
+    for function in (operator.add, operator.mul, torch.add, torch.mul):
+        if function not in named.object_type_qconfigs:
+            named.set_object_type(function, named.global_qconfig)
+    return named
 
 
 def steps_apart(reference: QGraphModule, expected: Tensor, found: Tensor) -> tuple[float, float]:
@@ -93,13 +107,15 @@ class BackendConformance:
     def make(self, case: Case, mapping: QConfigMapping | None = None) -> tuple[QGraphModule, nn.Module]:
         """The reference model and the converted one of a case."""
         model = case.build().eval()
-        mapping = get_default_qconfig_mapping(self.backend) if mapping is None else mapping
+        mapping = ask_by_name(get_default_qconfig_mapping(self.backend) if mapping is None else mapping)
         inputs = case.inputs(2)
         prepared = prepare_fx(model, mapping, inputs, backend=self.backend, on_unsupported="ignore")
         with torch.no_grad():
             for batch in (inputs, case.inputs(4)):
                 prepared(*batch)
-        return convert_to_reference_fx(prepared), convert_fx(prepared)
+        reference = convert_to_reference_fx(prepared)
+        assert isinstance(reference, QGraphModule)
+        return reference, convert_fx(prepared)
 
     def check(self, case: Case, reference: QGraphModule, converted: nn.Module, batch: int) -> None:
         """Compare both on new inputs."""

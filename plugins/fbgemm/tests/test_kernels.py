@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.fx.graph_module import QGraphModule
-from qcore.testing import CASES, Case, steps_apart
+from qcore.testing import CASES, Case, ask_by_name, steps_apart
 
 BACKEND = "fbgemm"
 ENGINES = kernels.supported_engines()
@@ -37,7 +37,7 @@ def make(
     model: nn.Module, *inputs: Tensor, mapping: qcore.QConfigMapping | None = None
 ) -> tuple[QGraphModule, nn.Module]:
     """The reference model and the converted one."""
-    mapping = qcore.get_default_qconfig_mapping(BACKEND) if mapping is None else mapping
+    mapping = ask_by_name(qcore.get_default_qconfig_mapping(BACKEND)) if mapping is None else mapping
     prepared = qcore.prepare_fx(model.eval(), mapping, inputs, backend=BACKEND, on_unsupported="ignore")
     with torch.no_grad():
         prepared(*inputs)

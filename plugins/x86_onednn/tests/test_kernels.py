@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import qcore
 from qcore.fx.graph_module import QGraphModule
 from qcore.lowering import QParams
-from qcore.testing import CASES, Case, steps_apart
+from qcore.testing import CASES, Case, ask_by_name, steps_apart
 
 BACKEND = "x86_onednn"
 #: Computed in float on purpose; the plan says why.
@@ -57,7 +57,7 @@ class Two(One):
 
 def make(model: nn.Module, *inputs: Tensor) -> tuple[QGraphModule, nn.Module]:
     """The reference model and the converted one."""
-    mapping = qcore.get_default_qconfig_mapping(BACKEND)
+    mapping = ask_by_name(qcore.get_default_qconfig_mapping(BACKEND))
     prepared = qcore.prepare_fx(model.eval(), mapping, inputs, backend=BACKEND, on_unsupported="ignore")
     with torch.no_grad():
         prepared(*inputs)

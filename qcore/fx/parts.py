@@ -1,0 +1,325 @@
+"""The parts of a model that are graphs: the whole model where that can be traced, else its largest submodules that can.
+
+A part is proven before it is trusted: at every call in one run of the model on the example inputs, the traced graph
+computes beside the module, on the same inputs, and must give the same to the last bit. What can't be traced, what isn't
+the same, and what is called in several forms, is opened: it stays Python, and its submodules are tried in their turn.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcore.errors import TraceError
+from qcore.fx.forms import MODULES
+from qcore.fx.graph_module import QGraphModule
+from qcore.fx.shapes import copied, difference, propagate_examples
+from qcore.fx.signature import CallSignature, NotConstantError
+from qcore.fx.tracer import trace
+from qcore.qconfig_mapping import ObjectType
+from qcore.quantization_plan import PythonModule
+
+_WEIGHTED = tuple(known for known, form in MODULES.items() if "weight" in form.tensors[:1])
+
+
+@dataclass
+class Part:
+    """A module that was traced and proven.
+
+    Attributes:
+        path: of the module in the model.
+        module: the module.
+        graph: what was traced.
+        signature: how it is called.
+        examples: the tensors of that call.
+        kept: names of its tensors that the model around it reads, too.
+    """
+
+    path: str
+    module: nn.Module
+    graph: QGraphModule
+    signature: CallSignature
+    examples: list[Tensor]
+    kept: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What became of a model.
+
+    Attributes:
+        model: the model itself where it is one part, else a copy whose modules the parts are of.
+        parts: by path; ``""`` is the whole model.
+        python: the modules that stay Python.
+        other_weights: weights of convolutions and linear layers outside of all parts.
+    """
+
+    model: nn.Module
+    parts: dict[str, Part]
+    python: tuple[PythonModule, ...] = ()
+    other_weights: int = 0
+
+
+def find_parts(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: Any,
+    leaf_names: Iterable[str] = (),
+    leaf_classes: Iterable[type[nn.Module]] = (),
+) -> Parts:
+    """Trace a model whole, or else the largest of its submodules that can be.
+
+    Args:
+        model: in evaluation mode; it isn't changed.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        expected: what the model gives on them.
+        leaf_names: paths of modules to keep whole and float.
+        leaf_classes: classes of such modules.
+    """
+    leaf_names, leaf_classes = (*leaf_names, *_leaves_of_graph(model)), tuple(leaf_classes)
+    try:
+        with same_random_numbers():
+            signature = CallSignature.of(model, args, kwargs, type(model).__name__)
+            examples = signature.bind(args, kwargs)
+            graph = trace(model, leaf_names, leaf_classes, signature, examples)
+        with same_random_numbers():
+            problem = difference(expected, propagate_examples(graph, examples))
+        if not problem:
+            return Parts(model, {"": Part("", model, graph, signature, examples)})
+        reason = PythonModule("", type(model).__name__, f"replayed on the example inputs, {problem}")
+    except Exception as error:
+        reason = _reason("", model, error)
+    own = copy_of(model)
+    closed: dict[str, str] = {}
+    while True:
+        finder = _Finder(own, leaf_names, leaf_classes, closed)
+        with same_random_numbers():
+            finder.run(args, kwargs)
+        with _installed_stubs(own, finder.parts) as reads:
+            _run_with_stubs(own, args, kwargs, expected)
+        news = {path: name for path, name in reads if path not in closed}
+        if not news:
+            break
+        for path, name in news.items():
+            closed[path] = f"its attribute {name} is read from outside"
+    python = [reason, *finder.python.values()]
+    inside = {id(module) for part in finder.parts.values() for module in part.module.modules()}
+    outside = [m for m in own.modules() if id(m) not in inside and type(m) in _WEIGHTED]
+    other_weights = sum(parameter.numel() for m in outside for parameter in m.parameters() if parameter.dim() > 1)
+    return Parts(own, finder.parts, tuple(python), other_weights)
+
+
+def _leaves_of_graph(model: nn.Module) -> list[str]:
+    """What the tracer of a ready GraphModule kept whole stays whole."""
+    if not isinstance(model, fx.GraphModule):
+        return []
+    targets = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    return [target for target in targets if not type(model.get_submodule(target)).__module__.startswith("torch.nn.")]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of models that hold tensors computed from parameters, which deepcopy refuses."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+class _Finder:
+    """One run of the model in which every called module is tried, largest first."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        leaf_names: tuple[str, ...],
+        leaf_classes: tuple[type[nn.Module], ...],
+        closed: dict[str, str],
+    ) -> None:
+        self.model = model
+        self.leaf_names = leaf_names
+        self.leaf_classes = leaf_classes
+        self.closed = closed
+        self.parts: dict[str, Part] = {}
+        self.python: dict[str, PythonModule] = {}
+        self.calls: Counter[tuple[str, ObjectType]] = Counter()
+        self.is_inside = False
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        probed = [(path, module) for path, module in self.model.named_modules() if path and _is_probable(module)]
+        own = {path: module.__dict__.get("forward") for path, module in probed}
+        try:
+            for path, module in probed:
+                module.__dict__["forward"] = self.prober(path, module, module.forward)
+            with torch.no_grad():
+                self.model(*copied(args), **copied(kwargs))
+        finally:
+            for path, module in probed:
+                if own[path] is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = own[path]
+
+    def prober(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def probe(*args: Any, **kwargs: Any) -> Any:
+            if self.is_inside or path in self.python or self.is_leaf(path, module):
+                return self.inside(forward, args, kwargs) if self.is_leaf(path, module) else forward(*args, **kwargs)
+            given = copied((args, kwargs))
+            state = torch.random.get_rng_state()
+            reason, found = self.attempt(path, module, args, kwargs)
+            torch.random.set_rng_state(state)
+            if reason is None:
+                expected = self.inside(forward, args, kwargs)
+                problem = difference(expected, found)
+                if not problem:
+                    return expected
+                reason = PythonModule(path, type(module).__name__, f"replayed on the example inputs, {problem}")
+            self.parts.pop(path, None)
+            self.python[path] = reason
+            return forward(*given[0], **given[1])  # Its own modules are tried in this run.
+
+        return probe
+
+    def is_leaf(self, path: str, module: nn.Module) -> bool:
+        return path in self.leaf_names or type(module) in self.leaf_classes
+
+    def inside(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module whose own modules aren't to be tried."""
+        before, self.is_inside = self.is_inside, True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.is_inside = before
+
+    def attempt(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[PythonModule | None, Any]:
+        """Trace a module or take the trace of an earlier call, and replay it; gives what it computes or what failed."""
+        if path in self.closed:
+            return PythonModule(path, type(module).__name__, self.closed[path]), None
+        before, self.is_inside = self.is_inside, True
+        try:
+            signature = CallSignature.of(module, args, kwargs, f"{path} ({type(module).__name__})")
+            examples = signature.bind(args, kwargs)
+            part = self.parts.get(path)
+            if part is None:
+                calls = Counter(self.calls)
+                inner = [name.removeprefix(f"{path}.") for name in self.leaf_names if name.startswith(f"{path}.")]
+                with same_random_numbers():
+                    graph = trace(
+                        module, inner, self.leaf_classes, signature, examples, path=path, calls=calls, copies=False
+                    )
+                part = Part(path, module, graph, signature, copied(examples))
+                result = propagate_examples(graph, examples)
+                self.parts[path] = part
+                self.calls = calls
+                return None, result
+            if part.signature != signature:
+                return PythonModule(path, type(module).__name__, "it is called in several forms"), None
+            return None, propagate_examples(part.graph, examples)
+        except Exception as error:
+            return _reason(path, module, error), None
+        finally:
+            self.is_inside = before
+
+
+def _is_probable(module: nn.Module) -> bool:
+    """Whether a module may be worth a graph: it, or something in it, has a weight, and it is called as a module."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
+        return False
+    if type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children()):
+        return type(module) in _WEIGHTED
+    return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def _reason(path: str, module: nn.Module, error: Exception) -> PythonModule:
+    name = type(module).__name__
+    if isinstance(error, NotConstantError):
+        return PythonModule(path, name, str(error))
+    if isinstance(error, TraceError):
+        culprit = ".".join(step for step in (path, error.module_path) if step)
+        return PythonModule(path, name, error.reason, error.location, culprit)
+    return PythonModule(path, name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+class _Stub(nn.Module):
+    """Stands for a part while the model runs around it, and notes what the model reads of it."""
+
+    def __init__(self, part: Part, reads: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.__dict__.update(plain_attributes(part.module))
+        self.__dict__["_part"] = part
+        self.__dict__["_reads"] = reads
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._part.graph(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_part" in self.__dict__ and hasattr(self._part.module, name):
+            if name in self._part.module._parameters or name in self._part.module._buffers:
+                self._part.kept.add(name)
+            else:
+                self._reads.append((self._part.path, name))
+            return getattr(self._part.module, name)
+        raise AttributeError(name)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a model may read of a part beside calling it: everything but tensors and modules."""
+    known = vars(nn.Module())
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in known and name != "forward" and not isinstance(value, (Tensor, nn.Module))
+    }
+
+
+@contextmanager
+def _installed_stubs(model: nn.Module, parts: dict[str, Part]) -> Iterator[list[tuple[str, str]]]:
+    reads: list[tuple[str, str]] = []
+    stubs: dict[int, nn.Module] = {id(part.module): _Stub(part, reads) for part in parts.values()}
+    replaced = replace_modules(model, stubs)
+    try:
+        yield reads
+    finally:
+        for owner, name, module in replaced:
+            owner._modules[name] = module
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put modules in the place of others, given by identity, wherever they are registered; gives what was replaced."""
+    found = [
+        (owner, name, module)
+        for owner in list(model.modules())
+        for name, module in owner._modules.items()
+        if module is not None and id(module) in new
+    ]
+    for owner, name, module in found:
+        owner._modules[name] = new[id(module)]
+    return found
+
+
+def _run_with_stubs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any) -> None:
+    with torch.no_grad(), same_random_numbers():
+        found = model(*copied(args), **copied(kwargs))
+    problem = difference(expected, found)
+    if problem:
+        raise TraceError(f"{type(model).__name__}: with its traced parts in place, {problem}", "", None)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Leave the random numbers of the process as they were."""
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)

@@ -1,0 +1,289 @@
+"""How a forward is called: which of its arguments are tensors, and which are constants that a graph was traced for.
+
+A graph takes tensors and nothing else. Whatever else a call brings (``None``, numbers, strings, the shape of nested
+containers) is settled when the graph is traced, and compared at every later call: a call that differs is an error
+rather than a wrong result.
+"""
+
+import enum
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from qcore.errors import GuardError
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, type(...),
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+_CONTAINERS = (tuple, list, dict, OrderedDict)
+_ANYTHING = inspect.Signature(
+    [
+        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+)
+
+
+class NotConstantError(Exception):
+    """An argument that is neither a tensor nor a constant, such as a cache that a forward changes."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One value of a call, after all containers are opened.
+
+    Attributes:
+        name: such as ``mask`` or ``states[0]``.
+        is_tensor: whether the graph takes it as an input.
+        constant: otherwise, its value when the graph was traced.
+    """
+
+    name: str
+    is_tensor: bool
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The form of a call.
+
+    Attributes:
+        owner: whose forward it is, for messages.
+        parameters: of the forward, without ``self`` and annotations.
+        spec: how the leaves make up the arguments.
+        leaves: the values of the call.
+    """
+
+    owner: str
+    parameters: inspect.Signature
+    spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    @staticmethod
+    def of(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], owner: str) -> "CallSignature":
+        """The signature of ``module(*args, **kwargs)``.
+
+        Raises:
+            NotConstantError: an argument can't be an input of a graph.
+            TypeError: the forward takes no such arguments.
+        """
+        parameters, arguments = _bound(_parameters(module), args, kwargs)
+        values, spec = _flatten(arguments)
+        leaves = []
+        for name, value in zip(_names(spec), values, strict=True):
+            if isinstance(value, Tensor):
+                leaves.append(Leaf(name, True))
+            elif isinstance(value, _CONSTANTS):
+                leaves.append(Leaf(name, False, value))
+            else:
+                raise NotConstantError(f"its argument {name} is a {type(value).__name__}, no tensor and no constant")
+        return CallSignature(owner, parameters, spec, tuple(leaves))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A TreeSpec warns when it is unpickled; containers of numbers say the same.
+        return _signature_of, (self.owner, self.parameters, _numbered(self.spec), self.leaves)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CallSignature":
+        return self
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The names of the tensors among the leaves."""
+        return [leaf.name for leaf in self.leaves if leaf.is_tensor]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every parameter is a tensor that can be given by position."""
+        kinds = {parameter.kind for parameter in self.parameters.parameters.values()}
+        named = kinds <= {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+        return named and self.tensor_names == list(self.parameters.parameters)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors of a call, after its constants were compared.
+
+        Raises:
+            GuardError: the call has another form than the one that was traced.
+        """
+        _, arguments = _bound(self.parameters, args, kwargs)
+        values, spec = _flatten(arguments)
+        if spec != self.spec:
+            raise GuardError(self._message("its arguments", _outline(self.spec), _outline(spec)))
+        for leaf, value in zip(self.leaves, values, strict=True):
+            if leaf.is_tensor is not isinstance(value, Tensor) or not (leaf.is_tensor or _same(leaf.constant, value)):
+                was = "a tensor" if leaf.is_tensor else repr(leaf.constant)
+                now = "a tensor" if isinstance(value, Tensor) else repr(value)
+                raise GuardError(self._message(f"argument {leaf.name}", was, now))
+        return [value for leaf, value in zip(self.leaves, values, strict=True) if leaf.is_tensor]
+
+    def arguments(self, tensors: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The call with these values as its tensors: positional and keyword arguments."""
+        given = iter(tensors)
+        values = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
+        bound = inspect.BoundArguments(self.parameters, OrderedDict(pytree.tree_unflatten(values, self.spec)))
+        return list(bound.args), dict(bound.kwargs)
+
+    def _message(self, what: str, was: str, now: str) -> str:
+        return (
+            f"{self.owner} was prepared for one form of call and is called in another: {what} was {was} at preparation "
+            f"and is {now} now. Prepare it with example inputs of this form, or keep a float model beside it for such "
+            'calls with PrepareCustomConfig().set_guard_failure("float")'
+        )
+
+
+@dataclass(frozen=True)
+class ResultForm:
+    """How the outputs of a graph make up what the forward returns.
+
+    Attributes:
+        spec: how the leaves make up the result.
+        leaves: for each, whether the graph gives it, and its value if not.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    @staticmethod
+    def of(result: Any, is_value: Callable[[Any], bool]) -> "tuple[ResultForm, list[Any]]":
+        """The form of a result, and those of its leaves that ``is_value`` says come from the graph."""
+        values, spec = pytree.tree_flatten(result)
+        leaves = tuple(Leaf("", True) if is_value(value) else Leaf("", False, value) for value in values)
+        return ResultForm(spec, leaves), [value for value in values if is_value(value)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _form_of, (_numbered(self.spec), self.leaves)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ResultForm":
+        return self
+
+    def result(self, outputs: Sequence[Any]) -> Any:
+        """What the forward returns."""
+        given = iter(outputs)
+        values = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
+        return pytree.tree_unflatten(values, self.spec)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether fx writes such a result by itself: a value, or tuples, lists and dictionaries of values."""
+        return all(leaf.is_tensor for leaf in self.leaves) and _is_plain(self.spec)
+
+
+class SignatureCodeGen(fx.graph.CodeGen):
+    """Code of a graph whose forward takes what the traced forward took and returns what that returned.
+
+    Args:
+        signature: of the arguments.
+        form: of the result.
+    """
+
+    def __init__(self, signature: CallSignature, form: ResultForm) -> None:
+        super().__init__()
+        self.signature = signature
+        self.form = form
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_options: Any) -> str:
+        """The head of the forward: takes any arguments, and checks and opens them."""
+        names = [name.split(":")[0].split("=")[0].split("#")[0].strip() for name in free_vars]
+        target = f"{', '.join(names)}, = " if names else ""
+        return f"def {self._func_name}(self, *args, **kwargs):\n    {target}_call_signature.bind(args, kwargs)"
+
+    def generate_output(self, output_args: Any, **_options: Any) -> str:
+        """The last line of the forward."""
+        return f"return _result_form.result({output_args!r})"
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """What the generated code calls."""
+        return [("_call_signature", self.signature), ("_result_form", self.form)]
+
+    def process_inputs(self, *args: Any) -> Any:
+        """For fx.Interpreter: the tensors."""
+        return self.signature.bind(args, {})
+
+    def process_outputs(self, outputs: Any) -> Any:
+        """For fx.Interpreter: the result."""
+        return self.form.result(outputs)
+
+
+def check_size(value: Any, expected: Any, what: str) -> None:
+    """A node of the graph: compares what was read from sizes when the graph was traced with what it is now.
+
+    Raises:
+        GuardError: it differs.
+    """
+    if value != expected:
+        raise GuardError(
+            f"the graph was traced for {what} = {expected}, and now it is {value}. The forward decides by it, so the "
+            "graph doesn't hold for this input: prepare with example inputs of this size"
+        )
+
+
+def _parameters(module: nn.Module) -> inspect.Signature:
+    signature = inspect.signature(type(module).forward)
+    kept = list(signature.parameters.values())[1:]
+    return inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in kept])
+
+
+def _bound(
+    parameters: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[inspect.Signature, dict[str, Any]]:
+    try:
+        bound = parameters.bind(*args, **kwargs)
+    except TypeError:
+        # A decorator may take what the forward that it wraps doesn't name.
+        parameters = _ANYTHING
+        bound = parameters.bind(*args, **kwargs)
+    bound.apply_defaults()
+    for name, parameter in parameters.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = dict(sorted(bound.arguments[name].items()))
+    return parameters, dict(bound.arguments)
+
+
+def _flatten(arguments: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    # Other containers may change during the call, which a graph wouldn't.
+    return pytree.tree_flatten(arguments, is_leaf=lambda value: type(value) not in _CONTAINERS and not _is_named(value))
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _numbered(spec: pytree.TreeSpec) -> Any:
+    return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+
+
+def _signature_of(owner: str, parameters: inspect.Signature, numbered: Any, leaves: tuple[Leaf, ...]) -> CallSignature:
+    return CallSignature(owner, parameters, _flatten(numbered)[1], leaves)
+
+
+def _form_of(numbered: Any, leaves: tuple[Leaf, ...]) -> ResultForm:
+    return ResultForm(pytree.tree_flatten(numbered)[1], leaves)
+
+
+def _names(spec: pytree.TreeSpec) -> list[str]:
+    named = pytree.tree_flatten_with_path(_numbered(spec))[0]
+    names = [""] * spec.num_leaves
+    for path, number in named:
+        names[number] = str(getattr(path[0], "key", "")) + pytree.keystr(path[1:])
+    return names
+
+
+def _same(constant: Any, value: Any) -> bool:
+    return constant is value or (type(constant) is type(value) and bool(constant == value))
+
+
+def _outline(spec: pytree.TreeSpec) -> str:
+    names = _names(spec)
+    return f"({', '.join(names)})"
+
+
+def _is_plain(spec: pytree.TreeSpec) -> bool:
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(_is_plain(child) for child in spec.children())

@@ -1,0 +1,188 @@
+"""What a forward sees while it is traced: proxies that know what they stand for on the example inputs.
+
+A plain fx proxy stops at the first ``for``, ``len``, ``int`` or comparison. Sizes are no data, though: on the example
+inputs they are known, and what the forward decides by them can be settled and guarded (``ExampleTracer.settle``).
+Arithmetic on sizes stays in the graph, so that a batch of another size passes through.
+"""
+
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from qcore.fx.example_tracer import ExampleTracer
+
+#: Properties of a tensor that don't depend on its data, and that a graph may take as they are.
+_PLAIN_PROPERTIES = ("dtype", "layout", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "requires_grad")
+_INPLACE = {
+    "__iadd__": (operator.iadd, operator.add),
+    "__isub__": (operator.isub, operator.sub),
+    "__imul__": (operator.imul, operator.mul),
+    "__itruediv__": (operator.itruediv, operator.truediv),
+    "__ifloordiv__": (operator.ifloordiv, operator.floordiv),
+    "__imod__": (operator.imod, operator.mod),
+    "__ipow__": (operator.ipow, operator.pow),
+    "__iand__": (operator.iand, operator.and_),
+    "__ior__": (operator.ior, operator.or_),
+    "__ixor__": (operator.ixor, operator.xor),
+}
+
+
+class Value(fx.Proxy):
+    """A traced value: a tensor, a size, or a tuple of them."""
+
+    tracer: "ExampleTracer"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of what it stands for, so that ``isinstance(x, torch.Tensor)`` holds as in eager mode."""
+        return self.tracer.class_of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PLAIN_PROPERTIES and self.tracer.has_example(self):
+            return getattr(self.tracer.example(self), name)
+        return Attribute(self, name)
+
+    @property
+    def shape(self) -> Any:
+        """The sizes, each of them a value of the graph."""
+        return self.tracer.sizes(self) if self.tracer.has_example(self) else Attribute(self, "shape")
+
+    def size(self, dim: Any = None) -> Any:
+        """One size, or all of them."""
+        if dim is None and self.tracer.has_example(self):
+            return self.tracer.sizes(self)
+        return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
+
+    @property
+    def ndim(self) -> Any:
+        """The number of dimensions."""
+        return self.dim()
+
+    def dim(self) -> Any:
+        """The number of dimensions."""
+        if self.tracer.has_example(self):
+            return self.tracer.rank(self)
+        return self.tracer.create_proxy("call_method", "dim", (self,), {})
+
+    def ndimension(self) -> Any:
+        """The number of dimensions."""
+        return self.dim()
+
+    def is_floating_point(self) -> Any:
+        """Whether it is of a float dtype."""
+        if self.tracer.has_example(self):
+            return bool(self.tracer.example(self).is_floating_point())
+        return self.tracer.create_proxy("call_method", "is_floating_point", (self,), {})
+
+    def __len__(self) -> int:
+        if not self.tracer.has_example(self):
+            return super().__len__()
+        example = self.tracer.example(self)
+        if isinstance(example, torch.Tensor):
+            return int(self.tracer.settle(self.size(0)))
+        return len(example)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.tracer.has_example(self):
+            return super().__iter__()
+        return iter([self.__getitem__(number) for number in range(len(self))])
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.settle(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.settle(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.settle(self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.tracer.settle(self), digits)
+
+    def __index__(self) -> int:
+        # Torch asks for this when it looks whether an argument fits, and then hands the proxy itself to
+        # __torch_function__: only what isn't followed by that, from the same instruction, has settled anything.
+        frame = sys._getframe(1)
+        return operator.index(self.tracer.settle(self, asked_at=(id(frame), frame.f_lasti)))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.overwrite(self, self.tracer.create_proxy("call_function", with_item, (self, index, value), {}))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        orig_method: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Record a call of a torch function."""
+        frame = sys._getframe(1)
+        for tracer in {value.tracer for value in values_in((args, kwargs))}:
+            tracer.forget_asked((id(frame), frame.f_lasti))
+        return super().__torch_function__(orig_method, types, args, kwargs)
+
+
+def _inplace(overwriting: Callable[..., Any], plain: Callable[..., Any]) -> Callable[[Value, Any], Any]:
+    def write(self: Value, other: Any) -> Any:
+        # A size is a number: whoever else holds it doesn't see it change.
+        function = plain if self.tracer.is_size(self.node) else overwriting
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _name, _functions in _INPLACE.items():
+    setattr(Value, _name, _inplace(*_functions))
+
+
+class Attribute(Value):
+    """An attribute of a value, which becomes a method call if it is called."""
+
+    def __init__(self, root: Value, attr: str) -> None:
+        self.root = root
+        self.attr = attr
+        self.tracer = root.tracer
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node, made when first needed: most attributes are methods."""
+        if self._node is None:
+            self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A method call."""
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``x`` with ``x[index] = value``, as a new tensor."""
+    result = x.clone()
+    result[index] = value
+    return result
+
+
+def values_in(argument: Any) -> list[Value]:
+    """The traced values among nested arguments."""
+    found: list[Value] = []
+
+    def look(item: Any) -> None:
+        if issubclass(type(item), Value):
+            found.append(item)
+        elif type(item) is slice:
+            look((item.start, item.stop, item.step))
+        elif isinstance(item, dict):
+            look(list(item.values()))
+        elif isinstance(item, (tuple, list)):
+            for entry in item:
+                look(entry)
+
+    look(argument)
+    return found

@@ -1,0 +1,410 @@
+"""Models that fx alone can't trace: sizes, constants, containers, in-place writes, and what has to stay Python."""
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qcore
+from qcore import errors
+from qcore.fx.graph_module import QGraphModule
+
+
+def prepared_for(model, example_inputs, **options):
+    options.setdefault("backend", "reference")
+    mapping = qcore.get_default_qconfig_mapping(options["backend"])
+    return qcore.prepare_fx(model.eval(), mapping, example_inputs, **options)
+
+
+def close(found, expected):
+    """Within 5 % of its own size: int8 of small random networks is far better than that."""
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
+class Attention(nn.Module):
+    """Unpacks shapes, computes on them, makes tensors of sizes, branches on arguments, writes into a slice."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+        self.register_buffer("positions", torch.arange(64)[None])
+
+    def forward(self, x, mask=None, flag=True):
+        batch, tokens, channels = x.shape
+        q, k, v = (t.view(batch, tokens, 4, channels // 4).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        if mask is not None:
+            scores = scores + mask
+        steps = torch.arange(tokens)
+        scores = scores + 0.01 * (steps[None, :] - self.positions[:, :tokens].transpose(0, 1)).abs()
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, channels) + torch.zeros(batch, tokens, 1)
+        assert y.shape == x.shape and y.dim() == 3
+        y[:, 0] = y[:, 0] * 2
+        return self.out(y) if flag else y
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.norm = nn.LayerNorm(16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.kind = "block"
+
+    def forward(self, x, mask=None, **kwargs):
+        x = x + self.attention(self.norm(x), mask)
+        return {"hidden": x + self.mlp(x), "cache": None, "depth": 1}
+
+
+class Encoder(nn.Module):
+    """Decides by data, reads attributes of its blocks, passes dictionaries: its own forward can't be a graph."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, ids, mask=None):
+        hidden = self.embedding(ids)
+        if (ids > 100).any():
+            hidden = hidden * 0
+        for block in self.blocks:
+            assert block.kind == "block"
+            hidden = block(hidden, mask=mask)["hidden"]
+        return {"logits": self.head(hidden.to(self.head.weight.dtype)), "hidden": hidden}
+
+
+@torch.no_grad()
+def test_sizes_stay_sizes_and_decisions_are_settled():
+    torch.manual_seed(0)
+    model = Attention()
+    prepared = prepared_for(model, (torch.randn(2, 5, 16),))
+    assert isinstance(prepared, QGraphModule)
+    for shape in ((2, 5, 16), (7, 9, 16)):  # Another batch, another length.
+        prepared(torch.randn(shape))
+    converted = qcore.convert_fx(prepared)
+    x = torch.randn(3, 8, 16)
+    close(converted(x), model(x))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(converted)))
+    assert torch.equal(again(x), converted(x))
+
+
+@torch.no_grad()
+def test_keyword_inputs_positional_inputs_and_both():
+    torch.manual_seed(0)
+    model = Attention()
+    x, mask = torch.randn(2, 5, 16), torch.randn(5, 5)
+    for example_inputs in ({"x": x, "mask": mask}, (x, mask), ((x,), {"mask": mask})):
+        prepared = prepared_for(model, example_inputs)
+        assert torch.allclose(prepared(x, mask=mask), model(x, mask), atol=1e-5)
+        qcore.calibrate(prepared, [{"mask": mask, "x": x}])
+        close(qcore.convert_fx(prepared)(x, mask), model(x, mask))
+
+
+def test_a_call_in_another_form_is_an_error_that_says_which_argument():
+    x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5)
+    prepared = prepared_for(Attention(), (x,))
+    with pytest.raises(errors.GuardError, match="Attention .* argument mask was None at preparation and is a tensor"):
+        prepared(x, mask)
+    with pytest.raises(errors.GuardError, match="argument flag was True at preparation and is False now"):
+        prepared(x, flag=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        Attention()(x, other=1)
+
+
+@torch.no_grad()
+def test_or_goes_to_the_float_model_if_the_user_chose_so():
+    torch.manual_seed(0)
+    model = Attention()
+    x, mask = torch.randn(2, 5, 16), torch.randn(5, 5)
+    custom = qcore.PrepareCustomConfig().set_guard_failure("float")
+    prepared = prepared_for(model, (x,), prepare_custom_config=custom)
+    prepared(x)
+    converted = qcore.convert_fx(prepared)
+    assert torch.equal(converted(x, mask), model(x, mask))
+    close(converted(x), model(x))
+    assert not torch.equal(converted(x), model(x))
+    assert qcore.explain(converted).quantized
+
+
+class Grows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * 2 if x.shape[0] > 3 else self.linear(x)
+
+
+def test_what_is_decided_by_a_size_is_guarded():
+    prepared = prepared_for(Grows(), (torch.randn(2, 4),))
+    prepared(torch.randn(3, 4))
+    with pytest.raises(errors.GuardError, match=r"traced for gt\(x.size\(0\), 3\) = False, and now it is True"):
+        prepared(torch.randn(8, 4))
+    with pytest.raises(errors.GuardError, match=r"x.dim\(\) = 2, and now it is 3"):
+        prepared(torch.randn(2, 2, 4))
+    with torch.no_grad():
+        converted = qcore.convert_fx(prepared)
+    with pytest.raises(errors.GuardError):
+        converted(torch.randn(8, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "x86_onednn"])
+def test_the_largest_parts_are_graphs_and_the_rest_stays_python(backend):
+    if backend not in [b.name for b in qcore.installed_backends()]:
+        pytest.skip(f"{backend} isn't installed")
+    torch.manual_seed(0)
+    model = Encoder()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(0, 10, (2, 5))
+    prepared = prepared_for(model, (ids,), backend=backend)
+    assert type(prepared) is Encoder
+    assert torch.allclose(prepared(ids)["logits"], model(ids)["logits"], atol=1e-5)
+    prepared(torch.randint(0, 10, (7, 9)))
+    converted = qcore.convert_fx(prepared)
+    plan = qcore.explain(converted)
+    assert plan.parts == ("blocks.0", "blocks.1", "head")
+    (python,) = plan.python
+    assert python.path == "" and python.type_name == "Encoder"
+    assert "decides by the data in" in python.reason and "if (ids > 100).any():" in python.location
+    assert f"graphs: {', '.join(plan.parts)}" in str(plan) and "(Encoder) stays Python: it decides" in str(plan)
+    assert plan.weight_share == 1.0
+    result, expected = converted(ids), model(ids)
+    assert list(result) == ["logits", "hidden"]
+    close(result["logits"], expected["logits"])
+    assert sum(decision.operators[0] == "linear" for decision in plan.quantized) == 9
+    assert {decision.path for decision in plan.quantized} >= {"blocks.0.mlp.0", "head"}
+    if backend == "reference":
+        assert converted.state_dict()["blocks.0.mlp.0.weight"].dtype == torch.int8
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(converted)))
+    assert torch.equal(again(ids)["logits"], result["logits"])
+    with pytest.raises(errors.GuardError, match=r"blocks.0 \(Block\) was prepared for .* argument mask was None"):
+        converted(ids, torch.zeros(5, 5))
+
+
+def test_rules_of_a_mapping_speak_of_parts_by_their_whole_names():
+    mapping = qcore.get_default_qconfig_mapping("reference").set_module_name("blocks.1", None)
+    mapping.set_object_type(nn.GELU, None).set_module_name("blocks.0.mlp.2", None)
+    prepared = qcore.prepare_fx(Encoder().eval(), mapping, (torch.randint(0, 10, (2, 5)),), backend="reference")
+    plan = qcore.explain(prepared)
+    assert {d.path for d in plan.quantized if d.operators[0] == "linear"} == {
+        "blocks.0.attention.qkv", "blocks.0.attention.out", "blocks.0.mlp.0", "head",
+    }  # fmt: skip
+    assert {d.rule for d in plan.floating if d.path.startswith("blocks.1")} == {"module_name 'blocks.1'"}
+
+
+def test_parts_that_saw_no_data_are_named():
+    prepared = prepared_for(Encoder(), (torch.randint(0, 10, (2, 5)),))
+    with pytest.raises(errors.CalibrationError, match="3 of the model's 3 parts weren't calibrated"):
+        qcore.convert_fx(prepared)
+
+
+class Overwrites(nn.Module):
+    """In-place forms that give nothing back but change what was there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.mish = nn.Mish(inplace=True)
+
+    def forward(self, x):
+        y = self.first(x)
+        self.mish(y)
+        torch.neg_(y)
+        same = y
+        y **= 2
+        F.threshold(same, 0.1, 0.0, inplace=True)
+        count = kept = x.size(0)
+        count += 1
+        return self.second(y) * kept + count * 0 + torch.ones(1)
+
+
+@torch.no_grad()
+def test_in_place_forms_keep_their_effect():
+    torch.manual_seed(0)
+    model = Overwrites().eval()
+    names = set(vars(model)) | set(dict(model.named_buffers()))
+    prepared = prepared_for(model, (torch.randn(2, 3, 8, 8),))
+    assert isinstance(prepared, QGraphModule)
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 9, 9)
+        assert torch.allclose(prepared(x), model(x), atol=1e-5)
+    assert set(vars(model)) | set(dict(model.named_buffers())) == names  # The fresh tensor isn't left on it.
+
+
+class OldView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        view = y[:, :1]
+        y.mul_(2)
+        return self.second(y) + view
+
+
+@torch.no_grad()
+def test_what_the_replay_disproves_is_opened():
+    torch.manual_seed(0)
+    model = OldView()
+    x = torch.randn(2, 3, 8, 8)
+    prepared = prepared_for(model, (x,))
+    plan = qcore.explain(prepared)
+    assert plan.parts == ("first", "second")
+    assert "it gives other values than the module" in plan.python[0].reason
+    assert torch.allclose(prepared(x), model(x), atol=1e-5)
+    close(qcore.convert_fx(prepared)(x), model(x))
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    states: tuple
+
+
+torch.utils._pytree.register_dataclass(Output)
+
+
+class TwoForms(nn.Module):
+    """Calls one module with different constants, and another with different shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled, self.plain = Scaled(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.scaled(x, 1.0) + self.scaled(x, scale=2.0)
+        return Output(self.plain(y), (self.plain(y[:1]), None))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        return self.linear(x) * scale
+
+
+@torch.no_grad()
+def test_a_dataclass_comes_out_as_it_is():
+    torch.manual_seed(0)
+    model, x = TwoForms(), torch.randn(3, 4)
+    prepared = prepared_for(model, (x,))
+    assert isinstance(prepared, QGraphModule)
+    prepared(x)
+    result = qcore.convert_fx(prepared)(x)
+    assert isinstance(result, Output) and result.states[1] is None
+    close(result.logits, model(x).logits)
+
+
+class Decides(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > -1e9 else x
+
+
+@torch.no_grad()
+def test_a_module_called_in_several_forms_is_opened_or_handled():
+    torch.manual_seed(0)
+    inner = TwoForms()
+    model = nn.Sequential()
+    model.add_module("a", Decides(inner))
+    x = torch.randn(3, 4)
+    # Whole, `inner` is a graph in which both calls are traced; within a forward that isn't, it is a part of its own.
+    assert qcore.explain(prepared_for(model, (x,))).parts == ("a.inner",)
+
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaled = Scaled()
+
+        def forward(self, x):
+            y = self.scaled(x, 1.0)
+            return self.scaled(y, 2.0) if y.sum() > -1e9 else y
+
+    plan = qcore.explain(prepared_for(Loose(), (x,)))
+    assert plan.parts == ("scaled.linear",)
+    assert [module.reason for module in plan.python if module.path == "scaled"] == ["it is called in several forms"]
+
+
+@torch.no_grad()
+def test_the_report_says_what_would_let_more_be_traced():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), Decides(nn.Linear(8, 4)), nn.Softmax(-1)))
+    x = torch.randn(2, 4)
+    plan = qcore.explain(prepared_for(model, (x,)))
+    assert plan.parts == ("0", "1.0", "1.1.inner")
+    assert [module.path for module in plan.python] == ["", "1", "1.1"]
+    line = "PrepareCustomConfig().set_non_traceable_module_names(['1.1'])"
+    assert [line in str(module) for module in plan.python] == [True, True, False]
+    custom = eval(f"qcore.{line}")
+    followed = qcore.explain(prepared_for(model, (x,), prepare_custom_config=custom))
+    assert followed.python == () and {d.path for d in followed.quantized} == {"0", "1.0"}
+    # Of 2 * (32 + 64 + 32) multiply-adds, the last 32 are in the module that was kept whole.
+    assert plan.multiply_add_share == 1.0 and plan.weight_share == 1.0
+
+
+def test_shares_of_multiply_adds_and_weights():
+    mapping = qcore.get_default_qconfig_mapping("reference").set_module_name("1", None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(64, 2)).eval()
+    prepared = qcore.prepare_fx(model, mapping, (torch.randn(1, 3, 6, 6),), backend="reference")
+    plan = qcore.explain(prepared)
+    assert [d.multiply_adds for d in plan.decisions] == [16 * 8 * 27, 16 * 4 * 8, 0, 128]
+    assert plan.multiply_add_share == pytest.approx((3456 + 128) / (3456 + 512 + 128))
+    assert plan.weight_share == pytest.approx((216 + 128) / (216 + 32 + 128))
+    assert "(88% of multiply-adds, 91% of weights)" in plan.summary()
+
+
+def test_a_model_that_is_one_known_module():
+    prepared = prepared_for(nn.Linear(4, 4), (torch.randn(2, 4),))
+    assert [d.operators for d in qcore.explain(prepared).quantized] == [("linear",)]
+
+
+def test_a_ready_graph_module_is_accepted_with_what_its_tracer_kept_whole():
+    class KeepsScaled(torch.fx.Tracer):
+        def is_leaf_module(self, m, module_qualified_name):
+            return isinstance(m, Scaled) or super().is_leaf_module(m, module_qualified_name)
+
+    model = nn.Sequential(nn.Linear(4, 4), Scaled2()).eval()
+    graph_module = torch.fx.GraphModule(model, KeepsScaled().trace(model))
+    plan = qcore.explain(prepared_for(graph_module, (torch.randn(2, 4),)))
+    assert {d.path for d in plan.quantized} == {"0"}
+    assert [d.operators for d in plan.floating][:1] == [("Scaled2",)]
+
+
+class Scaled2(Scaled):
+    def forward(self, x):
+        return super().forward(x, 2.0)
+
+
+@torch.no_grad()
+def test_random_numbers_of_the_process_stay_where_they_were():
+    model = Noisy()
+    before = torch.random.get_rng_state()
+    prepared_for(model, (torch.zeros(2, 4),))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        torch.nn.init.ones_(self.linear.weight)
+
+    def forward(self, x):
+        return self.linear(x + torch.rand(x.shape[0], 4))
