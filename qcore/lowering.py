@@ -20,7 +20,6 @@ from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
 from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_named, operator_of
 
-
 # Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 _packing = threading.Lock()
 
