@@ -256,6 +256,32 @@ def test_the_first_dtype_config_that_accepts_is_used():
     } == {U8}
 
 
+NARROW = DTypeConfig(DTypeWithConstraints(torch.uint8, quant_max_upper_bound=127), torch.uint8, torch.int8)
+EXPLICIT = QConfig(MinMaxObserver.with_args(quant_min=0, quant_max=255), WEIGHT)
+
+
+def test_a_later_dtype_config_is_used_if_the_first_can_not_read_what_comes_in():
+    pattern = BackendPatternConfig(nn.Linear).set_dtype_configs([NARROW, U8])
+    mapping = QConfigMapping().set_module_name("0", EXPLICIT).set_module_name("1", OPEN)
+    plan = qcore.explain(prepare(LINEARS, mapping, (2, 4), config(pattern)))
+    assert [d.dtype_config for d in plan.decisions] == [U8, U8]
+
+
+def test_what_no_dtype_config_can_read_is_refused_and_leaves_its_producer_alone():
+    made = config(
+        BackendPatternConfig(nn.Conv2d).add_dtype_config(U8), BackendPatternConfig(nn.Linear).add_dtype_config(NARROW)
+    )
+    network = nn.Sequential(conv(), nn.Linear(6, 6)).eval()
+    mapping = QConfigMapping().set_object_type(nn.Conv2d, EXPLICIT).set_object_type(nn.Linear, OPEN)
+    problem = r"_0 is quantized otherwise than it must be read: input quant_max 255 > 127"
+    with pytest.raises(qcore.errors.UnsupportedQConfigError, match=problem):
+        prepare(network, mapping, config=made, on_unsupported="error")
+    with pytest.warns(qcore.errors.UnsupportedQConfigWarning, match=problem):
+        plan = qcore.explain(prepare(network, mapping, config=made))
+    assert [d.quantized for d in plan.decisions] == [True, False]
+    assert [t.quant_max for t in plan.tensors] == [255, 255]
+
+
 def test_fixed_qparams_come_from_the_kernel():
     made = nn.Sequential(conv(), nn.Sigmoid()).eval()
     prepared = prepare(made)
