@@ -100,3 +100,31 @@ def test_steps_are_counted_of_outputs_that_have_a_gradient():
     expected = reference(x.requires_grad_())
     apart, step = steps_apart(reference, expected.requires_grad_(), expected + 0.5)
     assert apart * step == pytest.approx(0.5)
+
+
+class Shapes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        n, _, h, w = x.shape
+        first, second = x.chunk(2, 1)
+        return torch.cat([second, first], x.dim() - 3).reshape(n, x.size(1), h * w)
+
+
+def test_no_value_is_made_float_only_for_its_shape(installed_backend):
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 4, 5, 6), torch.randn(3, 4, 2, 7)
+    prepared = qcore.prepare_fx(Shapes().eval(), qcore.get_default_qconfig_mapping(installed_backend), (x,))
+    qcore.calibrate(prepared, [x, other])
+    reference, converted = qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
+    apart, _ = steps_apart(reference, reference(other), converted(other))
+    assert apart <= 2.5
+    if installed_backend == "reference":
+        return
+    plan = qcore.explain(converted)
+    assert {d.kernel for d in plan.quantized if d.operators == ("chunk",)} == {"integers as they are"}
+    called = [node for node in converted.graph.nodes if node.op == "call_module"]
+    assert [node for node in called if "dequantize" in node.name] == called[-1:]
