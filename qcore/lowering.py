@@ -18,11 +18,14 @@ from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
-from qcore.fx.operators import PAD, Kind, Operator, activation_inputs, operator_named, operator_of
+from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
 from qcore.fx.tracer import is_impure
 
 # Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 _packing = threading.Lock()
+
+#: In place of a kernel's name.
+_AS_THEY_ARE = "integers as they are"
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,8 @@ class _Lowering:
                 self.lower_quantize(node)
             elif node.name in self.float_results:
                 self.lower_chain(node, None)
+            elif _reads_shape(node):
+                node.args = fx.map_arg(node.args, lambda n: self.integers[n].node if n in self.integers else n)
             else:
                 self.move(node)
         self.graph.eliminate_dead_code(is_impure)
@@ -335,7 +340,7 @@ class _Lowering:
         moved = self.integers.get(value)
         if moved is not None and moved.key == _key(quantize):
             quantize.replace_all_uses_with(moved.node)
-            self.kernels.setdefault(value.name, "integers as they are")
+            self.kernels.setdefault(value.name, _AS_THEY_ARE)
         elif value.name in self.planned and value.name not in self.declined:
             self.declined[value.name] = "no kernel: float between dequantize and quantize"
 
@@ -442,6 +447,8 @@ class _Lowering:
         with self.graph.inserting_after(node):
             moved = self.graph.create_node("call_function", op.function, args)
         self.integers[node] = _Integers(moved, values[0].key)
+        if op in (CHUNK, SPLIT):  # No quantize follows, only the getitems that take its parts out.
+            self.kernels.setdefault(node.name, _AS_THEY_ARE)
 
     def cross_boundaries(self) -> None:
         """Turn what is left of quantize and dequantize into the backend's modules."""
@@ -489,6 +496,13 @@ def _node(argument: Any) -> fx.Node:
 
 def _is_attribute(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether a node asks for something that a tensor's integers know as well as its values."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
 
 
 def _key(node: fx.Node) -> tuple[str, str]:

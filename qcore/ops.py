@@ -1,9 +1,9 @@
 """quantize and dequantize on plain integer tensors, as torch.library operators of the namespace ``qcore``.
 
 They define what a reference model computes: ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``, ties to
-even, and ``x = (q - zero_point) * scale``. Importing this module registers them; they run on any device, under
-``torch.export`` and with fake tensors. Scale (float32) and zero point (int64) are tensors, so that a state_dict holds
-them: 0-d, or one entry for each channel.
+even, and ``x = (q - zero_point) * scale``. NaN becomes the zero point, an infinity the end on its side. Importing this
+module registers them; they run on any device, under ``torch.export`` and with fake tensors. Scale (float32) and zero
+point (int64) are tensors, so that a state_dict holds them: 0-d, or one entry for each channel.
 """
 
 from typing import Any
@@ -27,8 +27,10 @@ _library.define("dequantize_per_channel(Tensor input, Tensor scales, Tensor zero
 
 def _quantize(input: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
     # A multiplication by the reciprocal, as torch's quantize_per_tensor computes it.
-    steps = torch.round(input * (1.0 / scale)) + zero_point
-    return torch.clamp(steps, low, high).to(dtype)
+    steps = (input * (1.0 / scale)).round_().nan_to_num_(0.0).add_(zero_point).clamp_(low, high)
+    if dtype == torch.int32:  # The nearest that float32 comes to its largest is one more.
+        return torch.clamp(steps.to(torch.int64), low, high).to(dtype)
+    return steps.to(dtype)
 
 
 def _dequantize(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -130,9 +130,9 @@ class QConfigMapping:
         return listed
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping in torch.ao's dictionary form."""
+        """The mapping in torch.ao's dictionary form; ``""`` is left out if nothing was said of the rest."""
         return {
-            "": self.global_qconfig,
+            **({"": self.global_qconfig} if self.has_global else {}),
             "object_type": list(self.object_type_qconfigs.items()),
             "module_name_regex": list(self.module_name_regex_qconfigs.items()),
             "module_name": list(self.module_name_qconfigs.items()),

@@ -30,6 +30,7 @@ if os.environ.get("QCORE_TESTS_BLOCK_TORCH_AO"):
     sys.meta_path.insert(0, NoTorchAO())
 
 import qcore  # noqa: E402  # after the ban
+from qcore.plugins.manager import backend_names  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,9 @@ def _seeded():
 
 @pytest.fixture(params=[found.name for found in qcore.installed_backends()])
 def installed_backend(request):
-    """The name of each installed backend that this machine supports; the reference backend at least."""
+    """The name of each installed backend that this machine supports and that isn't disabled."""
+    if request.param not in backend_names():
+        pytest.skip("disabled by QCORE_DISABLE_PLUGINS")
     availability = qcore.get_backend(request.param).availability
     if not availability.ok:
         pytest.skip(availability.reason)

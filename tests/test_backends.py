@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import qcore
-from qcore.testing import CASES
+from qcore.plugins.manager import backend_names
+from qcore.testing import CASES, steps_apart
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
 
@@ -25,7 +26,7 @@ def engine(name):
 
 
 def usable_backends():
-    return [b.name for b in qcore.installed_backends() if qcore.get_backend(b.name).availability.ok]
+    return [name for name in backend_names() if qcore.get_backend(name).availability.ok]
 
 
 def converted(backend, case):
@@ -88,3 +89,42 @@ def test_models_of_all_backends_agree():
         qcore.calibrate(prepared, batches)
         error = qcore.convert_fx(prepared)(batches[0]) - expected
         assert error.norm() < 0.05 * expected.norm(), backend
+
+
+def test_steps_are_counted_of_outputs_that_have_a_gradient():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping("reference"), (x,))
+    prepared(x)
+    reference = qcore.convert_to_reference_fx(prepared)
+    expected = reference(x.requires_grad_())
+    apart, step = steps_apart(reference, expected.requires_grad_(), expected + 0.5)
+    assert apart * step == pytest.approx(0.5)
+
+
+class Shapes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        n, _, h, w = x.shape
+        first, second = x.chunk(2, 1)
+        return torch.cat([second, first], x.dim() - 3).reshape(n, x.size(1), h * w)
+
+
+def test_no_value_is_made_float_only_for_its_shape(installed_backend):
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 4, 5, 6), torch.randn(3, 4, 2, 7)
+    prepared = qcore.prepare_fx(Shapes().eval(), qcore.get_default_qconfig_mapping(installed_backend), (x,))
+    qcore.calibrate(prepared, [x, other])
+    reference, converted = qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
+    apart, _ = steps_apart(reference, reference(other), converted(other))
+    assert apart <= 2.5
+    if installed_backend == "reference":
+        return
+    plan = qcore.explain(converted)
+    assert {d.kernel for d in plan.quantized if d.operators == ("chunk",)} == {"integers as they are"}
+    called = [node for node in converted.graph.nodes if node.op == "call_module"]
+    assert [node for node in called if "dequantize" in node.name] == called[-1:]

@@ -128,6 +128,36 @@ def test_nan_and_infinity_are_counted_and_left_out(make):
     assert torch.isfinite(observer.calculate_qparams()[0]).all()
 
 
+@pytest.mark.parametrize(
+    "make", [PerChannelMinMaxObserver, MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0)]
+)
+def test_a_channel_without_a_finite_value_does_not_hide_the_others(make):
+    nan = float("nan")
+    first = torch.tensor([[nan, nan], [-1.0, 2.0]])
+    observer = seen(make(), first)
+    assert not observer.has_data and observer.max_val[1] == 2.0
+    seen(observer, torch.tensor([[-1.0, 3.0], [-1.0, 2.0]]), first)
+    assert observer.has_data and observer.nonfinite_count == 4
+    assert observer.min_val.tolist() == [-1.0, -1.0]
+    assert observer.max_val.tolist() == [3.0, 2.0]
+
+
+@pytest.mark.parametrize("make", [MinMaxObserver, HistogramObserver, PerChannelMinMaxObserver])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("integers", [(0, 255), (0, 1)])
+def test_a_range_as_wide_as_float32_has_a_finite_scale(make, symmetric, integers):
+    scheme = f"per_{'channel' if make is PerChannelMinMaxObserver else 'tensor'}"
+    scheme += "_symmetric" if symmetric else "_affine"
+    observer = make(qscheme=scheme, quant_min=integers[0], quant_max=integers[1])
+    x = torch.tensor([[-3e38, 3e38, 1e38]])
+    scale, zero_point = seen(observer, x).calculate_qparams()
+    assert torch.isfinite(scale).all() and (scale > 0).all()
+    assert ((zero_point >= 0) & (zero_point <= 255)).all()
+    if integers == (0, 255):
+        back = (observer.quantize(x).double() - zero_point) * scale.double()
+        assert (back - x.double()).abs().max() <= 1.01 * scale.double()
+
+
 @pytest.mark.parametrize("make", [MinMaxObserver, HistogramObserver, MovingAverageMinMaxObserver])
 def test_no_data_and_empty_tensors_are_no_data(make):
     assert not seen(make(), torch.empty(0)).has_data

@@ -18,6 +18,29 @@ def test_ties_go_to_even_and_the_range_is_kept():
     assert found.tolist() == [0, 10, 12, 12, 100, 10]
 
 
+def test_what_is_no_number_becomes_zero_and_what_is_infinite_an_end():
+    nan, inf = float("nan"), float("inf")
+    assert quantize([nan, inf, -inf], 0.5, 10).tolist() == [10, 255, 0]
+    integers = ops.quantize_per_channel(
+        torch.tensor([[nan], [nan]]), torch.ones(2), torch.tensor([3, -4]), 0, -128, 127, torch.int8
+    )
+    assert integers.flatten().tolist() == [3, -4]
+
+
+def test_the_input_is_left_alone():
+    x = torch.tensor([1.0, float("nan"), 1e9])
+    before = x.clone()
+    ops.quantize_per_tensor(x, torch.tensor(1.0), torch.tensor(0), 0, 255, torch.uint8)
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("zero_point", [0, 7, -7])
+def test_the_ends_of_int32_are_kept(zero_point):
+    low, high = -(2**31), 2**31 - 1
+    found = quantize([1e20, -1e20, 5.0], 1.0, zero_point, low, high, torch.int32)
+    assert found.tolist() == [high, low, 5 + zero_point]
+
+
 def test_dequantize_is_the_inverse_on_integers():
     integers = torch.arange(256, dtype=torch.uint8)
     scale, zero_point = torch.tensor(0.1), torch.tensor(77)

@@ -153,6 +153,18 @@ def test_averages_have_qparams_of_their_own(average):
     assert len(observed(prepared)) == 3
 
 
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "area", "bicubic"])
+def test_only_bicubic_interpolation_leaves_the_range_of_its_input(installed_backend, mode):
+    torch.manual_seed(0)
+    made = model(lambda m, x: F.interpolate(m.a(x).relu(), scale_factor=3.0, mode=mode), a=conv())
+    mapping, x = qcore.get_default_qconfig_mapping(installed_backend), torch.randn(2, 4, 6, 6)
+    prepared = qcore.prepare_fx(made, mapping, (x,), on_unsupported="error")
+    prepared(x)
+    assert len(observed(prepared)) == (3 if mode == "bicubic" else 2)
+    expected = made(x)
+    assert (qcore.convert_fx(prepared)(x) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_an_operator_without_a_pattern_is_a_float_island():
     prepared = prepare(model(lambda m, x: m.b(torch.sin(m.a(x))), a=conv(), b=conv()))
     assert observed(prepared) == [("x", 0), ("a", 1), ("sin", 2), ("b", 3)]
@@ -279,6 +291,32 @@ def test_the_first_dtype_config_that_accepts_is_used():
     assert {
         d.dtype_config for d in qcore.explain(prepare(LINEARS, shape=(2, 4), config=config(pattern))).decisions
     } == {U8}
+
+
+NARROW = DTypeConfig(DTypeWithConstraints(torch.uint8, quant_max_upper_bound=127), torch.uint8, torch.int8)
+EXPLICIT = QConfig(MinMaxObserver.with_args(quant_min=0, quant_max=255), WEIGHT)
+
+
+def test_a_later_dtype_config_is_used_if_the_first_can_not_read_what_comes_in():
+    pattern = BackendPatternConfig(nn.Linear).set_dtype_configs([NARROW, U8])
+    mapping = QConfigMapping().set_module_name("0", EXPLICIT).set_module_name("1", OPEN)
+    plan = qcore.explain(prepare(LINEARS, mapping, (2, 4), config(pattern)))
+    assert [d.dtype_config for d in plan.decisions] == [U8, U8]
+
+
+def test_what_no_dtype_config_can_read_is_refused_and_leaves_its_producer_alone():
+    made = config(
+        BackendPatternConfig(nn.Conv2d).add_dtype_config(U8), BackendPatternConfig(nn.Linear).add_dtype_config(NARROW)
+    )
+    network = nn.Sequential(conv(), nn.Linear(6, 6)).eval()
+    mapping = QConfigMapping().set_object_type(nn.Conv2d, EXPLICIT).set_object_type(nn.Linear, OPEN)
+    problem = r"_0 is quantized otherwise than it must be read: input quant_max 255 > 127"
+    with pytest.raises(qcore.errors.UnsupportedQConfigError, match=problem):
+        prepare(network, mapping, config=made, on_unsupported="error")
+    with pytest.warns(qcore.errors.UnsupportedQConfigWarning, match=problem):
+        plan = qcore.explain(prepare(network, mapping, config=made))
+    assert [d.quantized for d in plan.decisions] == [True, False]
+    assert [t.quant_max for t in plan.tensors] == [255, 255]
 
 
 def test_fixed_qparams_come_from_the_kernel():

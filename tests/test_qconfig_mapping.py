@@ -1,5 +1,6 @@
 """Which rule of a QConfigMapping speaks of which operator."""
 
+import operator
 import pickle
 
 import pytest
@@ -103,6 +104,33 @@ def test_the_class_of_the_containing_module_wins_over_the_function():
     assert found["add"].rule == "object_type Inner"
 
 
+class InPlace(nn.Module):
+    def forward(self, x):
+        y = x * 2.0
+        y += x
+        y -= x
+        y *= x
+        y /= x
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("kind", "inplace", "asked"),
+    [
+        (operator.add, operator.iadd, {"add", "add_1"}),
+        (operator.sub, operator.isub, {"isub"}),
+        (operator.mul, operator.imul, {"mul", "mul_1"}),
+        (operator.truediv, operator.itruediv, {"itruediv"}),
+    ],
+)
+def test_a_rule_for_an_operator_speaks_of_it_in_place_too(kind, inplace, asked):
+    for either in (kind, inplace):
+        found = resolved(QConfigMapping().set_object_type(either, q(1)), InPlace())
+        assert {name for name, r in found.items() if r.qconfig == q(1) and r.is_specific} == asked
+    own = resolved(QConfigMapping().set_object_type(kind, q(1)).set_object_type(inplace, None), InPlace())
+    assert [r.qconfig for r in own.values() if r.rule == f"object_type {inplace.__name__}"] == [None]
+
+
 def test_methods_go_by_their_name():
     assert choices(QConfigMapping().set_object_type("relu", q(9)))[-1] == 9
 
@@ -128,6 +156,14 @@ def test_the_dictionary_form_goes_both_ways():
     assert QConfigMapping.from_dict(mapping.to_dict()).rules() == mapping.rules()
     with pytest.raises(ConfigError, match=r"unknown keys \['module'\]"):
         QConfigMapping.from_dict({"module": []})
+
+
+def test_the_dictionary_form_of_a_mapping_without_a_global_rule_has_none_either():
+    mapping = QConfigMapping().set_object_type(nn.Linear, q(1))
+    assert "" not in mapping.to_dict()
+    assert QConfigMapping.from_dict(mapping.to_dict()).rules() == mapping.rules()
+    float_mapping = QConfigMapping().set_global(None)
+    assert QConfigMapping.from_dict(float_mapping.to_dict()).rules() == float_mapping.rules()
 
 
 def test_a_dictionary_does_for_a_mapping():

@@ -228,7 +228,7 @@ class _Planner:
         for dtype_config in match.config.dtype_configs:
             if gives_float(dtype_config) and not self.may_give_float(match):
                 continue
-            refusal = self.refusal(match, qconfig, dtype_config)
+            refusal = self.refusal(match, qconfig, dtype_config) or self.reading_problem(match, dtype_config)
             if refusal is None:
                 reason = self.place(match, qconfig, dtype_config)
                 return (reason, False, None) if reason else ("", False, dtype_config)
@@ -314,10 +314,6 @@ class _Planner:
             return "its input is float, and it only hands on what it gets"
         if len(known) < len(inputs) and self.traits[qconfig.activation].fixed:
             return "its input is float, and the fixed qparams of its qconfig are for its output"
-        for node in inputs:
-            problem = self.reading_problem(node, qconfig, dtype_config)
-            if problem:
-                return problem
         numbers = [self.read(node, match, qconfig, dtype_config) for node in inputs]
         if gives_float(dtype_config):
             pass  # Nothing quantizes the output, so there is nothing to observe.
@@ -345,16 +341,21 @@ class _Planner:
         """
         return match.clamps == 0 and all(user.op == "output" for user in match.result.users)
 
-    def reading_problem(self, node: fx.Node, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
-        """Whether what is already settled about a value stands against reading it as this match must."""
-        if node not in self.values.outputs:
-            return ""
-        tensor = self.values.of(self.values.outputs[node])
-        traits = tensor.traits
-        if tensor.fixed is not None or traits.has_explicit_range:
-            traits = replace(traits, quant_min=tensor.quant_min, quant_max=tensor.quant_max, has_explicit_range=True)
-        problem = _violation("input", traits, dtype_config.input_constraints, False)
-        return f"{node.name} is quantized otherwise than it must be read: {problem}" if problem else ""
+    def reading_problem(self, match: Match, dtype_config: DTypeConfig) -> str | None:
+        """What already settled about a value stands against reading it as a dtype config must, or ``None``."""
+        for node in match.inputs():
+            if node not in self.values.outputs:
+                continue
+            tensor = self.values.of(self.values.outputs[node])
+            traits = tensor.traits
+            if tensor.fixed is not None or traits.has_explicit_range:
+                traits = replace(
+                    traits, quant_min=tensor.quant_min, quant_max=tensor.quant_max, has_explicit_range=True
+                )
+            problem = _violation("input", traits, dtype_config.input_constraints, False)
+            if problem:
+                return f"{node.name} is quantized otherwise than it must be read: {problem}"
+        return None
 
     def read(self, node: fx.Node, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> int:
         constraints = dtype_config.input_constraints

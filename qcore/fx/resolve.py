@@ -1,6 +1,7 @@
 """Which rule of a QConfigMapping speaks of an operator."""
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,16 @@ from dataclasses import dataclass
 from qcore.fx.tracer import Origin
 from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name
+
+_INPLACE: dict[ObjectType, ObjectType] = {
+    operator.add: operator.iadd,
+    operator.sub: operator.isub,
+    operator.mul: operator.imul,
+    operator.truediv: operator.itruediv,
+}
+
+#: ``x + y`` and ``x += y`` are one operator to who writes a rule, as they are to torch.ao.
+_OTHER_FORM = {**_INPLACE, **{inplace: plain for plain, inplace in _INPLACE.items()}}
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,8 @@ class Resolution:
 class Resolver:
     """Resolves operators against one mapping; precedence as :class:`~qcore.qconfig_mapping.QConfigMapping` says.
 
-    For a function or method call, the class of the containing module wins over the function, as in torch.
+    For a function or method call, the class of the containing module wins over the function, as in torch. A rule for
+    ``operator.add`` speaks of ``x += y``, too, unless ``operator.iadd`` has one of its own, and the other way round.
     """
 
     def __init__(self, mapping: QConfigMapping) -> None:
@@ -61,11 +73,11 @@ class Resolver:
         for pattern, text in self._regexes:
             if pattern.match(origin.path):
                 return Resolution(f"module_name_regex {text!r}", mapping.module_name_regex_qconfigs[text])
-        candidates = (origin.object_type,) if origin.is_module else (origin.scope_type, origin.object_type)
-        for candidate in candidates:
+        called = (origin.object_type, _OTHER_FORM.get(origin.object_type))
+        for candidate in called if origin.is_module else (origin.scope_type, *called):
             if candidate is not None and candidate in mapping.object_type_qconfigs:
                 name = f"object_type {object_type_name(candidate)}"
-                return Resolution(name, mapping.object_type_qconfigs[candidate], candidate is origin.object_type)
+                return Resolution(name, mapping.object_type_qconfigs[candidate], candidate in called)
         if mapping.has_global:
             return Resolution("global", mapping.global_qconfig)
         return Resolution("", None)

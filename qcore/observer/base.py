@@ -250,7 +250,10 @@ def qparams_from_range(
         scale = high / (float(quant_max - quant_min) / 2)
         zero_point = torch.full_like(scale, symmetric_zero_point(dtype, quant_min, quant_max), dtype=torch.int64)
         return _without_zeros(scale, eps), zero_point
-    scale = _without_zeros((high - low) / float(quant_max - quant_min), eps)
+    steps = float(quant_max - quant_min)
+    scale = (high - low) / steps
+    # The width of a range may exceed what float32 holds although its step doesn't.
+    scale = _without_zeros(torch.where(torch.isinf(scale), high / steps - low / steps, scale), eps)
     zero_point = quant_min - torch.round(low / scale).to(torch.int64)
     return scale, torch.clamp(zero_point, quant_min, quant_max)
 
@@ -268,7 +271,7 @@ def _without_zeros(scale: Tensor, eps: float | None) -> Tensor:
         largest = scale.max() if scale.numel() else scale.new_ones(())
         neighbour = torch.where(largest > 0, largest, torch.ones_like(largest))
         scale = torch.where(scale > 0, scale, neighbour)
-    return torch.clamp(scale, min=floor)
+    return torch.clamp(scale, floor, torch.finfo(torch.float32).max)
 
 
 class DatalessObserver(ObserverBase):

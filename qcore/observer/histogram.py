@@ -66,7 +66,10 @@ class HistogramObserver(RangeObserver):
             stride |= 1
         width = math.ldexp(1.0, int(self.exponent))
         low = int(self.first_bin) * width
-        counts = torch.histc(values, self.bins, low, low + self.bins * width)
+        high = low + self.bins * width
+        if max(-low, high) > torch.finfo(torch.float32).max:
+            values = values.double()  # The last bins end where float32 has no more numbers.
+        counts = torch.histc(values, self.bins, low, high)
         self.histogram += counts.to(torch.float64) * stride
         return x
 

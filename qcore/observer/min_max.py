@@ -51,7 +51,10 @@ class PerChannelMinMaxObserver(RangeObserver):
         self.rounding = rounding
 
     def channel_extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Smallest and largest finite value of each channel of ``x``; ``None`` if a channel has none."""
+        """Smallest and largest finite value of each channel of ``x``; ``None`` if no channel has any.
+
+        A channel that has none by itself gets ``inf`` and ``-inf``, as before any data.
+        """
         seen = self.finite(x)
         if seen is None:
             return None
@@ -61,7 +64,7 @@ class PerChannelMinMaxObserver(RangeObserver):
             finite = torch.isfinite(rows)
             smallest = torch.where(finite, rows, torch.inf).amin(1)
             largest = torch.where(finite, rows, -torch.inf).amax(1)
-            return (smallest, largest) if bool(finite.any(1).all()) else None
+            return smallest, largest
         smallest, largest = torch.aminmax(rows, dim=1)
         return smallest, largest
 

@@ -11,9 +11,12 @@ from qcore.observer.min_max import PerChannelMinMaxObserver
 
 
 def _towards(average: Tensor, value: Tensor, constant: float) -> Tensor:
-    """``average`` moved towards ``value`` by ``constant``; the first value replaces the empty average."""
+    """``average`` moved towards ``value`` by ``constant``; the first value replaces the empty average.
+
+    An infinite ``value`` is that of a channel without a finite one: it moves nothing.
+    """
     moved = average + constant * (value - average)
-    return torch.where(torch.isinf(average), value, moved)
+    return torch.where(torch.isinf(average), value, torch.where(torch.isinf(value), average, moved))
 
 
 class MovingAverageMinMaxObserver(RangeObserver):

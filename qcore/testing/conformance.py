@@ -56,6 +56,7 @@ def steps_apart(reference: QGraphModule, expected: Tensor, found: Tensor) -> tup
         expected: its output.
         found: the output to compare.
     """
+    expected, found = expected.detach(), found.detach()
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, the reference gives {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0, 1.0

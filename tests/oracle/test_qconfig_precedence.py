@@ -7,6 +7,7 @@ import pytest
 import small_models as models
 import torch
 import torch.ao.quantization as ao
+import torch.ao.quantization.quantize_fx  # The package does not load it by itself.
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
