@@ -30,7 +30,7 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -311,9 +311,9 @@ def sweep(
     results = load_results(path)
     missing = [pair for pair in pairs if pair not in results]
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_one, *pair, timeout, threads) for pair in missing]
-        for count, (pair, future) in enumerate(zip(missing, futures, strict=True), 1):
-            result = future.result()
+        futures = {pool.submit(run_one, *pair, timeout, threads): pair for pair in missing}
+        for count, future in enumerate(as_completed(futures), 1):
+            pair, result = futures[future], future.result()
             results[pair] = result
             if path:
                 with path.open("a") as file:
