@@ -67,7 +67,8 @@ def _read_wave(path: Path) -> tuple[Tensor, int]:
 def _resample(samples: Tensor, rate: int) -> Tensor:
     # Through the spectrum, which is exact for a signal without content above the old rate's half.
     count = samples.numel() * _RATE // rate
-    return torch.fft.irfft(torch.fft.rfft(samples), n=count) * (count / samples.numel())
+    resampled: Tensor = torch.fft.irfft(torch.fft.rfft(samples), n=count)
+    return resampled * (count / samples.numel())
 
 
 def _mel_filters() -> Tensor:
@@ -116,10 +117,12 @@ def voices(directory: Path = SOUNDS_DIRECTORY, clips: int = 200) -> dict[str, Te
     """
     found = {}
     for voice in sorted(directory.glob("??_??_[fm]_*")) if directory.is_dir() else []:
-        segments = []
+        segments: list[Tensor] = []
         for path in sorted(voice.glob("*.wav")):
+            if len(segments) == clips:
+                break
             samples, rate = _read_wave(path)
-            if samples.numel() >= FRAMES * _HOP * rate // _RATE and len(segments) < clips:
+            if samples.numel() >= FRAMES * _HOP * rate // _RATE:
                 segments.append(spectrogram(samples, rate)[:FRAMES])
         if segments:
             found[voice.name] = torch.stack(segments)

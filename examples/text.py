@@ -54,7 +54,8 @@ class _EncoderLayer(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=1e-12)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Hidden states after the layer, (texts, tokens, width)."""
@@ -78,7 +79,7 @@ class MiniLM(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states of the last layer, (texts, tokens, width)."""
-        x = self.words(input_ids) + self.positions.weight[: input_ids.shape[1]] + self.types.weight[0]
+        x: Tensor = self.words(input_ids) + self.positions.weight[: input_ids.shape[1]] + self.types.weight[0]
         x = self.norm(x)
         bias = ((1.0 - attention_mask.float()) * _MASKED)[:, None, None, :]
         for layer in self.layers:
@@ -164,7 +165,7 @@ def pool(output: Any, attention_mask: Tensor) -> Tensor:
 
 
 def _sentences(corpus: str, count: int) -> list[str]:
-    text = package_file("gensim", f"test/test_data/{corpus}", _GENSIM_INSTALL).read_text()
+    text = package_file("gensim", f"test/test_data/{corpus}", _GENSIM_INSTALL).read_text(encoding="latin-1")
     sentences = [sentence.strip() for sentence in re.split(r"(?<=[.?!])\s+", text)]
     return [sentence for sentence in sentences if len(sentence.split()) >= 5][:count]
 
@@ -194,6 +195,6 @@ def word_pairs() -> list[tuple[str, str, float]]:
     Raises:
         MissingPackageError: gensim's files are not installed.
     """
-    text = package_file("gensim", "test/test_data/wordsim353.tsv", _GENSIM_INSTALL).read_text()
+    text = package_file("gensim", "test/test_data/wordsim353.tsv", _GENSIM_INSTALL).read_text(encoding="latin-1")
     rows = [line.split("\t") for line in text.splitlines() if line and not line.startswith("#")]
     return [(first, second, float(similarity)) for first, second, similarity in rows]
