@@ -138,11 +138,12 @@ def _detection_inputs(size: int) -> Inputs:
 def _detection() -> list[Case]:
     # Score thresholds of zero: every contender then ranks the same number of scores.
     small = {"min_size": 128, "max_size": 128}
+    few = {**small, "box_score_thresh": 0.0, "box_detections_per_img": 8}
     members: dict[str, tuple[int, dict[str, Any]]] = {
         "fasterrcnn_resnet50_fpn": (128, {**small, "box_score_thresh": 0.0}),
         "fasterrcnn_mobilenet_v3_large_320_fpn": (128, {**small, "box_score_thresh": 0.0, "rpn_score_thresh": 0.0}),
-        "maskrcnn_resnet50_fpn": (128, {**small, "box_score_thresh": 0.0}),
-        "keypointrcnn_resnet50_fpn": (128, {**small, "box_score_thresh": 0.0}),
+        "maskrcnn_resnet50_fpn": (128, few),
+        "keypointrcnn_resnet50_fpn": (128, few),
         "retinanet_resnet50_fpn": (128, {**small, "score_thresh": 0.0}),
         "fcos_resnet50_fpn": (128, {**small, "score_thresh": 0.0}),
         "ssd300_vgg16": (300, {"score_thresh": 0.0}),
