@@ -1,8 +1,9 @@
 """Accuracy of ``torch.ao.quantization``, the baseline that this project is measured against.
 
-This file may import ``torch.ao.quantization``, as may ``measure_torch_ao`` of ``scale.py`` and the oracle tests, and
-nothing else of the project: it is the contender, run through its own public recipe (FX graph mode,
-``prepare_fx``/``convert_fx``, the engine's default qconfig mapping).
+This file may import ``torch.ao.quantization``, as may the oracle tests and the one function for torch.ao in each of
+``scale.py``, ``coverage.py``, ``sentences.py`` and ``speakers.py``, and nothing else of the project: it is the
+contender, run through its own public recipe (FX graph mode, ``prepare_fx``/``convert_fx``, the engine's default qconfig
+mapping).
 
 Calibration: the 20 ImageNet photos of ``examples.photos``, one at a time (batch 1). Evaluation: the images
 of ``examples.photos.evaluation_set``, compared with the float network. Run it in a process of its own,
