@@ -18,7 +18,6 @@ This file is a contender of torch.ao's like ``accuracy_torch_ao.py``: only its w
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._common import ROOT, machine_line, markdown_table, write
 from benchmarks.coverage_models import CASES, FAMILIES, OUTPUTS, Case, Inputs
 from benchmarks.metrics import sqnr_db
+from benchmarks.weights import int8_share
 
 TORCH_AO = "torch.ao"
 TORCH_AO_ENGINE = "x86"
@@ -131,51 +131,6 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Result:
     return {"sqnr_db": sqnr_db(signal[finite], output[finite])}
 
 
-def float_weights(model: nn.Module) -> int:
-    """Elements in the weights of all convolutions, linear layers and attention projections, each counted once."""
-    found: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or type(module).__name__ == "Conv1D":
-            names = ["weight"]
-        else:
-            continue
-        parts: list[Tensor | None] = [getattr(module, name) for name in names]
-        found |= {id(part): part.numel() for part in parts if part is not None}
-    return sum(found.values())
-
-
-def _stored(value: Any) -> Iterator[Tensor]:
-    # torch.ao keeps weights as quantized tensors, in tuples, or in packed objects that can be unpacked.
-    if isinstance(value, Tensor):
-        yield value.int_repr() if value.is_quantized else value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _stored(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _stored(item)
-    elif hasattr(value, "unpack"):
-        yield from _stored(value.unpack())
-
-
-def int8_weights(model: nn.Module) -> int:
-    """Elements of all int8 tensors called a weight in the state_dict; embeddings left out, equal ones counted once.
-
-    A layer that is called twice may be stored twice, which must not count twice.
-    """
-    found: dict[tuple[Any, ...], int] = {}
-    for name, value in model.state_dict().items():
-        if not re.search("weight|packed", name) or "embed" in name:
-            continue
-        for tensor in _stored(value):
-            if tensor.dtype == torch.int8 and tensor.ndim > 1:
-                content = hashlib.blake2b(tensor.contiguous().numpy().tobytes()).hexdigest()
-                found[(tuple(tensor.shape), content)] = tensor.numel()
-    return sum(found.values())
-
-
 def quantize_qcore(model: nn.Module, batches: list[Inputs], backend: str, at: Callable[[str], None]) -> nn.Module:
     """With the backend's default mapping."""
     at("import")
@@ -249,7 +204,6 @@ def measure(name: str, contender: str) -> Result:
         batches = [case.inputs() for _ in range(CALIBRATION_BATCHES)]
         evaluation = case.inputs()
         expected = observed(model, case, evaluation)
-        total = float_weights(model)
         if contender == TORCH_AO:
             converted = quantize_torch_ao(model, batches, TORCH_AO_ENGINE, at)
         else:
@@ -257,7 +211,7 @@ def measure(name: str, contender: str) -> Result:
         at("run")
         result = {"status": "runs", **compare(expected, observed(converted, case, evaluation))}
         at("count")
-        result["int8_share"] = min(1.0, int8_weights(converted) / total)
+        result["int8_share"] = int8_share(model, converted)
     except Exception as error:
         root = _root(error)
         result = {

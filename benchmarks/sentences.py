@@ -3,7 +3,8 @@
 Every contender is a process of its own, calibrated on 64 sentences of news and compared with the float network:
 
 * cosine of the embeddings of 200 other sentences with those of the float network, the mean and the least;
-* Spearman's correlation of the similarity of word pairs with people's judgement (WordSim-353).
+* Spearman's correlation of the similarity of word pairs with people's judgement (WordSim-353);
+* the share of the weights that are stored as int8.
 
 torch.ao stands beside: its static quantization in FX graph mode, and its dynamic quantization of linear layers. Needs
 ``requirements.txt`` of this directory, and transformers for ``bert``::
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import qcore
 from benchmarks._common import machine_line, markdown_table, run_json, write
+from benchmarks.weights import int8_share
 from examples.text import (
     MiniLM,
     calibration_sentences,
@@ -122,7 +124,7 @@ def evaluate(name: str, contender: str) -> dict[str, Any]:
         "spearman": word_similarity(quantized),
         "cosine_mean": cosines.mean().item(),
         "cosine_min": cosines.min().item(),
-        "sentences": len(texts),
+        "int8_share": int8_share(model, quantized),
     }
 
 
@@ -135,7 +137,7 @@ def _row(name: str, contender: str, reference: float) -> list[str]:
         result = run_json("sentences.py", "--contender", name, contender)
     except RuntimeError as error:
         reason = str(error).split(" failed: ", 1)[-1].replace("|", "/")
-        return [name, contender, f"fails: {reason[:100]}", "", ""]
+        return [name, contender, f"fails: {reason[:100]}", "", "", ""]
     apart = result["spearman"] - reference
     return [
         name,
@@ -143,6 +145,7 @@ def _row(name: str, contender: str, reference: float) -> list[str]:
         _judged(f"{result['cosine_min']:.4f}", result["cosine_min"] >= COSINE_BOUND),
         f"{result['cosine_mean']:.4f}",
         _judged(f"{result['spearman']:.4f}, {apart:+.4f}", abs(apart) <= SPEARMAN_BOUND),
+        f"{result['int8_share']:.0%}",
     ]
 
 
@@ -166,10 +169,17 @@ def main() -> int:
         except RuntimeError as error:
             print(error, file=sys.stderr)
             continue
-        rows.append([name, FLOAT, "", "", f"{reference:.4f}"])
+        rows.append([name, FLOAT, "", "", f"{reference:.4f}", ""])
         contenders = [*options.backends, *([] if options.no_torch_ao else [STATIC, DYNAMIC])]
         rows += [_row(name, contender, reference) for contender in contenders]
-    header = ["model", "contender", f"least cosine, >= {COSINE_BOUND}", "mean", f"Spearman, within {SPEARMAN_BOUND}"]
+    header = [
+        "model",
+        "contender",
+        f"least cosine, >= {COSINE_BOUND}",
+        "mean",
+        f"Spearman, within {SPEARMAN_BOUND}",
+        "int8",
+    ]
     write(f"{markdown_table(header, rows)}\n\n{machine_line()}", options.output)
     return 0
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import qcore
 from benchmarks._common import machine_line, markdown_table, run_json, write
+from benchmarks.weights import int8_share
 from examples.speech import SOUNDS_DIRECTORY, resemblyzer, voices
 
 FLOAT, STATIC, DYNAMIC = "float", "torch.ao static", "torch.ao dynamic"
@@ -82,9 +83,15 @@ def evaluate(contender: str, sounds: Path) -> dict[str, Any]:
         return {"accuracy": accuracy, "clips": len(embeddings), "voices": len(speech)}
     batches = [clips[::2][:_CALIBRATION_CLIPS] for clips in speech.values()]
     quantize = _quantize_torch_ao if contender in (STATIC, DYNAMIC) else _quantize_qcore
-    accuracy, found = identify(quantize(model, batches, contender), speech)
+    quantized = quantize(model, batches, contender)
+    accuracy, found = identify(quantized, speech)
     cosines = (embeddings * found).sum(1)
-    return {"accuracy": accuracy, "cosine_mean": cosines.mean().item(), "cosine_min": cosines.min().item()}
+    return {
+        "accuracy": accuracy,
+        "cosine_mean": cosines.mean().item(),
+        "cosine_min": cosines.min().item(),
+        "int8_share": int8_share(model, quantized),
+    }
 
 
 def _judged(text: str, met: bool) -> str:
@@ -110,13 +117,13 @@ def main() -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
-    rows = [[FLOAT, f"{expected['accuracy']:.4f}", "", ""]]
+    rows = [[FLOAT, f"{expected['accuracy']:.4f}", "", "", ""]]
     for contender in [*options.backends, *([] if options.no_torch_ao else [STATIC, DYNAMIC])]:
         try:
             result = run_json("speakers.py", *common, contender)
         except RuntimeError as error:
             reason = str(error).split(" failed: ", 1)[-1].replace("|", "/")
-            rows.append([contender, f"fails: {reason[:100]}", "", ""])
+            rows.append([contender, f"fails: {reason[:100]}", "", "", ""])
             continue
         apart = result["accuracy"] - expected["accuracy"]
         rows.append(
@@ -125,9 +132,16 @@ def main() -> int:
                 _judged(f"{result['accuracy']:.4f}, {apart:+.4f}", abs(apart) <= ACCURACY_BOUND),
                 _judged(f"{result['cosine_min']:.4f}", result["cosine_min"] >= COSINE_BOUND),
                 f"{result['cosine_mean']:.4f}",
+                f"{result['int8_share']:.0%}",
             ]
         )
-    header = ["contender", f"accuracy, within {ACCURACY_BOUND}", f"least cosine, >= {COSINE_BOUND}", "mean"]
+    header = [
+        "contender",
+        f"accuracy, within {ACCURACY_BOUND}",
+        f"least cosine, >= {COSINE_BOUND}",
+        "mean",
+        "int8 weights",
+    ]
     legend = f"{expected['clips']} clips of {expected['voices']} voices"
     write(f"{markdown_table(header, rows)}\n\n{legend}; {machine_line()}", options.output)
     return 0
