@@ -130,6 +130,18 @@ def test_averages_have_qparams_of_their_own(average):
     assert len(observed(prepared)) == 3
 
 
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "area", "bicubic"])
+def test_only_bicubic_interpolation_leaves_the_range_of_its_input(installed_backend, mode):
+    torch.manual_seed(0)
+    made = model(lambda m, x: F.interpolate(m.a(x).relu(), scale_factor=3.0, mode=mode), a=conv())
+    mapping, x = qcore.get_default_qconfig_mapping(installed_backend), torch.randn(2, 4, 6, 6)
+    prepared = qcore.prepare_fx(made, mapping, (x,), on_unsupported="error")
+    prepared(x)
+    assert len(observed(prepared)) == (3 if mode == "bicubic" else 2)
+    expected = made(x)
+    assert (qcore.convert_fx(prepared)(x) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_an_operator_without_a_pattern_is_a_float_island():
     prepared = prepare(model(lambda m, x: m.b(torch.sin(m.a(x))), a=conv(), b=conv()))
     assert observed(prepared) == [("x", 0), ("a", 1), ("sin", 2), ("b", 3)]

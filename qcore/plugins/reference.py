@@ -8,16 +8,17 @@ from collections.abc import Sequence
 
 import torch
 
-from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints, ObservationType
+from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints
 from qcore.fx import operators as op
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, FusionPattern
+from qcore.fx.sharing import sharing_patterns
 from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
 from qcore.qconfig import QConfig, default_histogram_observer, default_per_channel_weight_observer
 from qcore.qconfig_mapping import QConfigMapping
 
 _OWN_OUTPUT = (
     *op.CONV, *op.CONV_TRANSPOSE, op.LINEAR, op.BATCH_NORM, op.ADD, op.MUL, op.MATMUL, *op.AVG_POOL,
-    *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU,
+    *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU, op.INTERPOLATE,
 )  # fmt: skip
 _ONE_SIDED_FIXED = (op.SIGMOID, op.HARDSIGMOID, op.SOFTMAX)
 
@@ -41,12 +42,7 @@ def qcore_backend_config() -> BackendConfig:
     config = BackendConfig("reference")
     for operator in _OWN_OUTPUT:
         config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(anything))
-    for operator in (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE):
-        config.set_backend_pattern_config(
-            BackendPatternConfig(operator)
-            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
-            .add_dtype_config(anything)
-        )
+    config.set_backend_pattern_configs(sharing_patterns(anything))
     for operator in _ONE_SIDED_FIXED:
         config.set_backend_pattern_config(
             BackendPatternConfig(operator).add_dtype_config(_fixed_output(1.0 / 256.0, 0)).add_dtype_config(anything)

@@ -216,6 +216,7 @@ _AFTER: dict[str, Callable[[Tensor], Tensor]] = {
     "pad by reflection": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "interpolate nearest": lambda x: F.interpolate(x, scale_factor=2.0),
     "interpolate bilinear": lambda x: F.interpolate(x, size=(10, 11), mode="bilinear", align_corners=False),
+    "interpolate bicubic": lambda x: F.interpolate(x, scale_factor=2.0, mode="bicubic"),
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
 }
 

@@ -9,21 +9,18 @@ from qcore.backend_config import (
     Condition,
     DTypeConfig,
     DTypeWithConstraints,
-    ObservationType,
 )
 from qcore.dtypes import QScheme
 from qcore.fx import operators as op
+from qcore.fx.sharing import sharing_patterns
 
 #: Operators with an output of their own scale.
 UNWEIGHTED = (
-    op.ADD, op.MUL, *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU,
+    op.ADD, op.MUL, *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.INTERPOLATE,
 )  # fmt: skip
 
 #: Operators whose output lies in 0..1.
 FIXED = (op.SIGMOID, op.HARDSIGMOID)
-
-#: Operators whose output lies in the range of their input.
-SHARING = (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE)
 
 #: Transposed convolutions that have a kernel, as a mapping names them.
 TRANSPOSED = (
@@ -82,10 +79,4 @@ def backend_config(has_vnni: bool) -> BackendConfig:
         )
     tanh = BackendPatternConfig(op.TANH).add_dtype_config(DTypeConfig(ACTIVATION, fixed_around_zero))
     config.set_backend_pattern_config(tanh)
-    for operator in SHARING:
-        config.set_backend_pattern_config(
-            BackendPatternConfig(operator)
-            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
-            .add_dtype_config(unweighted)
-        )
-    return config
+    return config.set_backend_pattern_configs(sharing_patterns(unweighted))

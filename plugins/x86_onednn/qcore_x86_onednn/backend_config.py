@@ -9,10 +9,10 @@ from qcore.backend_config import (
     Condition,
     DTypeConfig,
     DTypeWithConstraints,
-    ObservationType,
 )
 from qcore.dtypes import QScheme
 from qcore.fx import operators as op
+from qcore.fx.sharing import sharing_patterns
 
 #: An activation that the convolution or linear kernel before it computes itself.
 FUSED_ACTIVATIONS = (
@@ -28,13 +28,11 @@ FUSED_ACTIVATIONS = (
 #: Operators with an output of their own scale.
 UNWEIGHTED = (
     op.ADD, op.MUL, *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU,
+    op.INTERPOLATE,
 )  # fmt: skip
 
 #: Operators whose output lies in 0..1.
 FIXED = (op.SIGMOID, op.HARDSIGMOID, op.SOFTMAX)
-
-#: Operators whose output lies in the range of their input.
-SHARING = (*op.MOVE_OPERATORS, op.CLAMP, op.INTERPOLATE)
 
 ACTIVATION = DTypeWithConstraints(torch.uint8, qschemes=(QScheme.per_tensor_affine, QScheme.per_tensor_symmetric))
 
@@ -80,10 +78,4 @@ def backend_config(pairs_saturate: bool) -> BackendConfig:
         )
     tanh = BackendPatternConfig(op.TANH).add_dtype_config(DTypeConfig(ACTIVATION, fixed_around_zero))
     config.set_backend_pattern_config(tanh)
-    for pattern in SHARING:
-        config.set_backend_pattern_config(
-            BackendPatternConfig(pattern)
-            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
-            .add_dtype_config(unweighted)
-        )
-    return config
+    return config.set_backend_pattern_configs(sharing_patterns(unweighted))
