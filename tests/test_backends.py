@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qcore
@@ -89,6 +90,38 @@ def test_models_of_all_backends_agree():
         qcore.calibrate(prepared, batches)
         error = qcore.convert_fx(prepared)(batches[0]) - expected
         assert error.norm() < 0.05 * expected.norm(), backend
+
+
+class Small(nn.Module):
+    """A network whose values are all about as large as its input's."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 4)
+        for layer in (self.a, self.b, self.linear):
+            layer.bias.data *= unit
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = self.b(x) + x
+        x = F.avg_pool2d(torch.cat([x, F.leaky_relu(x)], 2), 2)
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("observer", [qcore.HistogramObserver, qcore.MinMaxObserver, None])
+def test_no_floor_lies_under_the_scales_of_small_activations(installed_backend, observer):
+    torch.manual_seed(0)
+    unit = 1e-9  # Far below float32's epsilon.
+    model, x = Small(unit).eval(), torch.randn(8, 3, 9, 9) * unit
+    mapping = qcore.get_default_qconfig_mapping(installed_backend)
+    if observer is not None:
+        mapping.set_global(qcore.QConfig(observer, mapping.global_qconfig.weight))
+    prepared = qcore.prepare_fx(model, mapping, (x,), on_unsupported="error")
+    prepared(x)
+    with torch.no_grad():
+        expected, found = model(x), qcore.convert_fx(prepared)(x)
+    assert (found - expected).double().norm() < 0.1 * expected.double().norm()  # 20 dB
 
 
 def test_steps_are_counted_of_outputs_that_have_a_gradient():

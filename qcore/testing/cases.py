@@ -20,18 +20,22 @@ class Case:
         build: makes the model.
         shapes: shapes of its inputs, for a batch of 2.
         is_extreme: whether inputs are only the smallest and the largest value.
+        is_batched: whether inputs have a batch dimension; without, ``shapes`` are the whole shapes.
+        unit: how large the inputs are.
     """
 
     name: str
     build: Callable[[], nn.Module]
     shapes: tuple[Shape, ...]
     is_extreme: bool = field(default=False)
+    is_batched: bool = field(default=True)
+    unit: float = field(default=1.0)
 
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         """Random inputs for a batch of any size."""
         made = []
-        for _, *rest in self.shapes:
-            x = torch.randn(batch, *rest)
+        for shape in self.shapes:
+            x = torch.randn((batch, *shape[1:]) if self.is_batched else shape) * self.unit
             made.append((x > 0).float() if self.is_extreme else x)
         return tuple(made)
 
@@ -115,12 +119,19 @@ def _conv(*arguments: Any, n: int = 2, **keywords: Any) -> Callable[[], nn.Modul
     return lambda: nn.Sequential(getattr(nn, f"Conv{n}d")(*arguments, **keywords))
 
 
+def _transposed(*arguments: Any, n: int = 2, **keywords: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(getattr(nn, f"ConvTranspose{n}d")(*arguments, **keywords))
+
+
 def _then(module: Callable[[], nn.Module], *activations: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(module(), *(activation() for activation in activations))
 
 
 _IMAGE: Shape = (2, 4, 7, 9)
 _WIDE: Shape = (2, 16, 6, 6)
+
+#: Far below float32's epsilon; a step of a result, and its product with a weight's, is still a normal number.
+_TINY = 1e-30
 
 _WEIGHTED = [
     Case("conv2d 3x3", _conv(4, 6, 3, padding=1), (_IMAGE,)),
@@ -151,9 +162,21 @@ _WEIGHTED = [
     Case("conv3d", _conv(4, 6, 3, n=3, padding=1), ((2, 4, 5, 6, 7),)),
     Case("conv3d + ReLU", _then(_conv(4, 6, 2, n=3), nn.ReLU), ((2, 4, 4, 4, 4),)),
     Case("conv2d functional, linear by keyword", _Functional, (_IMAGE,)),
+    Case("conv2d unbatched", _conv(4, 6, 3, padding=1), ((4, 7, 9),), is_batched=False),
+    Case("conv2d depthwise, unbatched", _conv(8, 8, 3, groups=8), ((8, 6, 6),), is_batched=False),
+    Case("conv1d unbatched", _conv(4, 6, 3, n=1), ((4, 11),), is_batched=False),
+    Case("conv2d of tiny values", _conv(4, 6, 3, bias=False), (_IMAGE,), unit=_TINY),
+    Case("conv2d depthwise, of tiny values", _conv(16, 16, 3, groups=16, bias=False), (_WIDE,), unit=_TINY),
+    Case("conv_transpose2d", _transposed(4, 6, 3, stride=2, padding=1, output_padding=1), (_IMAGE,)),
+    Case("conv_transpose2d grouped", _transposed(8, 8, 2, stride=2, groups=2), ((2, 8, 5, 5),)),
+    Case("conv_transpose2d depthwise", _transposed(8, 8, 3, groups=8), ((2, 8, 5, 5),)),
+    Case("conv_transpose2d + ReLU", _then(_transposed(4, 6, 2, bias=False), nn.ReLU), (_IMAGE,)),
+    Case("conv_transpose1d", _transposed(4, 6, 3, n=1, stride=2), ((2, 4, 11),)),
     Case("linear", lambda: nn.Sequential(nn.Linear(7, 5)), ((2, 7),)),
     Case("linear 3d without bias", lambda: nn.Sequential(nn.Linear(16, 8, bias=False)), ((2, 3, 16),)),
     Case("linear + ReLU", lambda: nn.Sequential(nn.Linear(33, 10), nn.ReLU()), ((2, 33),)),
+    Case("linear unbatched", lambda: nn.Sequential(nn.Linear(7, 5)), ((7,),), is_batched=False),
+    Case("linear of tiny values", lambda: nn.Sequential(nn.Linear(7, 5, bias=False)), ((2, 7),), unit=_TINY),
     Case("linear + batch norm", lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), ((2, 8),)),
     Case("linear + GELU", lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU()), ((2, 8),)),
     Case("linear + leaky ReLU", lambda: nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.2)), ((2, 8),)),
@@ -174,6 +197,7 @@ _BINARY = [
     Case("add broadcast", lambda: _Two(torch.add), (_IMAGE, (2, 4, 1, 1))),
     Case("add of itself", lambda: _One(lambda x: x + x), (_IMAGE,)),
     Case("add of a number", lambda: _One(lambda x: x + 1.5), (_IMAGE,)),
+    Case("add of tiny values", lambda: _Two(torch.add), (_IMAGE, _IMAGE), unit=_TINY),
     Case("mul", lambda: _Two(torch.mul), (_IMAGE, _IMAGE)),
     Case("mul + ReLU", lambda: _Two(lambda x, y: F.relu(x * y)), (_IMAGE, _IMAGE)),
     Case("mul broadcast", lambda: _Two(torch.mul), (_IMAGE, (2, 4, 1, 1))),
