@@ -5,7 +5,7 @@ are its inputs and its output float32 tensors? Then for every value between two 
 and which range of integers can all take that write and read it? Nothing is changed here, and no later pass decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,6 +131,7 @@ class _Planner:
             if node.op == "call_module"
         }
         self.match_of: dict[fx.Node, Match] = {}
+        self.likely: dict[fx.Node, bool] = {}
         self.decisions: dict[fx.Node, Decision] = {}
         self.refusals: list[Refusal] = []
         self.weights: list[WeightQuantization] = []
@@ -139,6 +140,7 @@ class _Planner:
     def run(self) -> tuple[QuantizationPlan, list[Refusal]]:
         matches = find_matches(self.traced.graph, PatternTable(self.config), self.module_types, self.may_absorb)
         self.match_of = {node: match for match in matches for node in match.nodes}
+        self.guess(matches)
         for match in matches:
             if self.counts(match.result) or is_tuple(match.result):
                 self.decide(match)
@@ -277,7 +279,8 @@ class _Planner:
         """Whether integers here only cost conversions: an operator without weights between float neighbours.
 
         Computed in float, its integer inputs are dequantized and its result quantized for whoever wants integers;
-        computed in integers, its float inputs are quantized and its result dequantized for whoever wants floats.
+        computed in integers, its float inputs are quantized and its result dequantized for whoever wants floats. Where
+        that comes to the same, it is float if an operator reads it as float: that saves a rounding.
         """
         op = operator_of(match.anchor)
         inputs = set(match.inputs())
@@ -291,19 +294,35 @@ class _Planner:
         wanting = [reader for reader in readers if self.wants_integers(reader)]
         in_float = len(integers) + bool(wanting)
         in_integers = len(inputs - integers - also_integers) + (len(wanting) < len(readers))
-        return in_integers > in_float or (in_integers == in_float and not integers)
+        if in_integers != in_float:
+            return in_integers > in_float
+        return not integers or any(reader not in wanting and reader.op != "output" for reader in readers)
 
     def wants_integers(self, reader: fx.Node) -> bool:
-        """Whether a reader that isn't decided upon yet will probably be computed on integers."""
+        """Whether a reader will probably be computed on integers; a guess, where it isn't decided upon yet."""
         match = self.match_of.get(reader)
-        if match is None or self.resolution(match.anchor).qconfig is None:
+        if match is None:
             return False
         op = operator_of(match.anchor)
-        if op is None or op.weight is not None:
-            return True
-        if op.kind is Kind.MOVE:
+        if op is not None and op.kind is Kind.MOVE:
             return any(self.wants_integers(user) for user in match.result.users)
-        return all(source in self.values.outputs for source in match.inputs() if source.name != reader.name)
+        return self.likely.get(match.result, False)
+
+    def guess(self, matches: Sequence[Match]) -> None:
+        """Note for every match whether it will probably be computed on integers, before any is decided upon.
+
+        An operator with weights will if it is asked for; one without, if all that it reads are integers; what only
+        moves elements follows what it moves.
+        """
+        for match in matches:
+            op = operator_of(match.anchor)
+            resolution = self.resolution(match.anchor)
+            if resolution.qconfig is None:
+                continue
+            if resolution.is_specific or (op is not None and op.weight is not None):
+                self.likely[match.result] = not self.weight_problem(match)
+            else:
+                self.likely[match.result] = all(self.likely.get(node, False) for node in match.inputs())
 
     def place(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
         """Give the match's inputs, output and weight their qparams; or say why it has to stay float."""
@@ -333,13 +352,12 @@ class _Planner:
             self.weights.append(WeightQuantization(match.anchor.name, tensor))
         return ""
 
-    @staticmethod
-    def may_give_float(match: Match) -> bool:
-        """Whether a kernel may as well give float: only the caller of the model reads the result.
+    def may_give_float(self, match: Match) -> bool:
+        """Whether a kernel may as well give float: nobody wants the result as integers, so a rounding is saved.
 
         A clamp needs the quantize after it to be absorbed.
         """
-        return match.clamps == 0 and all(user.op == "output" for user in match.result.users)
+        return match.clamps == 0 and not any(self.wants_integers(user) for user in match.result.users)
 
     def reading_problem(self, match: Match, dtype_config: DTypeConfig) -> str | None:
         """What already settled about a value stands against reading it as a dtype config must, or ``None``."""

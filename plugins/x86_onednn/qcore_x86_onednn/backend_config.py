@@ -54,7 +54,7 @@ def backend_config(pairs_saturate: bool) -> BackendConfig:
     per_channel = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_channel_symmetric,), ch_axis=0)
     low, high = (-64, 64) if pairs_saturate else (None, None)
     per_tensor = DTypeWithConstraints(torch.int8, low, high, qschemes=(QScheme.per_tensor_symmetric,))
-    # What only the model's caller reads comes out as float, without a rounding to 8 bits before.
+    # What nobody reads as integers comes out as float, without a rounding to 8 bits before.
     weighted = [
         DTypeConfig(ACTIVATION, output, weight, torch.float32)
         for output in (torch.float32, ACTIVATION)
