@@ -243,6 +243,16 @@ def test_the_histogram_loses_no_more_than_the_whole_range_but_for_the_width_of_i
     assert scale <= whole.calculate_qparams()[0] * 1.0001
 
 
+@pytest.mark.parametrize("values", [3, 10, 30])
+@pytest.mark.parametrize("draw", [torch.rand, lambda n: torch.randint(1, 12, (n,)).float()])
+def test_the_histogram_is_not_misled_by_the_middles_of_few_bins(values, draw):
+    for seed in range(30):
+        torch.manual_seed(seed)
+        x = torch.cat([torch.zeros(10_000), draw(values)])
+        histogram, whole = seen(HistogramObserver(), x), seen(MinMaxObserver(), x)
+        assert squared_error(histogram, x) <= squared_error(whole, x) * 1.01 + 1e-30
+
+
 def test_an_outlier_is_cut_off():
     torch.manual_seed(0)
     x = torch.cat([torch.randn(100_000), torch.tensor([80.0])])

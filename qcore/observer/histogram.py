@@ -23,6 +23,10 @@ SAMPLE_LIMIT = 1 << 19
 #: Share of the error that a cut must save. Less may come from values standing for bins rather than for themselves.
 LEAST_GAIN = 0.02
 
+#: Divided by the number of bins that hold anything, the share that a cut must save if that is more. The fewer they are,
+#: the likelier is a range for which just their middles, but not the values themselves, lie next to integers.
+FEW_VALUES = 4.0
+
 
 class HistogramObserver(RangeObserver):
     """Keeps a histogram and gives the range of least squared quantization error.
@@ -200,7 +204,7 @@ def range_of_least_error(
         offsets_low = (best_low + fine * step).clamp(1e-4, 1)
         offsets_high = (best_high + fine * step).clamp(1e-4, 1)
         step /= (len(fine) - 1) / 2
-    if least > whole * (1 - LEAST_GAIN):
+    if least > whole * (1 - max(LEAST_GAIN, FEW_VALUES / values.numel())):
         best_low = best_high = 1.0
     return low * best_low * norm, high * best_high * norm
 

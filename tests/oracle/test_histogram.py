@@ -54,10 +54,9 @@ KINDS = {
     "qint8-symmetric": {"dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric},
 }
 
-#: Where qcore's range loses more than 2 % more, and by how much. Its search takes every value of a bin for the bin's
-#: middle. Ten integers all lie at their bins' lower edges, a ninth of a quantization step away from there, so the
-#: search cuts the range a little although the whole one is best: 54.7 dB rather than 55.2 dB.
-WORSE = {("few_values", "quint8"): 1.12, ("few_values", "qint8"): 1.12}
+#: Where qcore's range loses more than 2 % more, and by how much. It keeps the whole range of few values, as the middles
+#: of so few bins can't tell a range that suits the values by luck; torch.ao's cuts a little, and is lucky here.
+WORSE = {("few_values", "quint8-reduced"): 1.06}
 
 
 def squared_error(observer, batches):
