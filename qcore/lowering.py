@@ -476,10 +476,9 @@ class _Lowering:
         return self.graph.create_node("call_module", name, args)
 
     def take_attributes(self) -> None:
+        """Take what is left of the reference model; modules first, since a tensor may be one of theirs."""
         for node in self.graph.nodes:
-            if node.op == "get_attr":
-                set_tensor(self.root, str(node.target), get_attribute(self.reference, str(node.target)))
-            elif node.op == "call_module" and node.target not in self.root._modules:
+            if node.op == "call_module" and node.target not in self.root._modules:
                 owner, _, name = str(node.target).rpartition(".")
                 place = self.root
                 for step in owner.split(".") if owner else ():
@@ -487,6 +486,9 @@ class _Lowering:
                         place.add_module(step, nn.Module())
                     place = place.get_submodule(step)
                 place.add_module(name, self.reference.get_submodule(str(node.target)))
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                set_tensor(self.root, str(node.target), get_attribute(self.reference, str(node.target)))
 
 
 def _node(argument: Any) -> fx.Node:

@@ -40,9 +40,10 @@ class Attention(nn.Module):
         batch, tokens, channels = x.shape
         q, k, v = (t.view(batch, tokens, 4, channels // 4).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-        if mask is not None:
+        if isinstance(mask, torch.Tensor):
             scores = scores + mask
         steps = torch.arange(tokens)
+        assert isinstance(tokens, int) and not isinstance(x, (int, list))
         scores = scores + 0.01 * (steps[None, :] - self.positions[:, :tokens].transpose(0, 1)).abs()
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, channels) + torch.zeros(batch, tokens, 1)
         assert y.shape == x.shape and y.dim() == 3
@@ -275,6 +276,87 @@ class Output:
 
 
 torch.utils._pytree.register_dataclass(Output)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids) * 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "x86_onednn"])
+def test_a_weight_that_an_embedding_shares_stays_float_there(backend):
+    if backend not in [b.name for b in qcore.installed_backends()]:
+        pytest.skip(f"{backend} isn't installed")
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 10, (2, 5))
+    prepared = prepared_for(model, (ids,), backend=backend)
+    prepared(ids)
+    converted = qcore.convert_fx(prepared)
+    assert [d.operators for d in qcore.explain(converted).quantized] == [("linear",)]
+    close(copy.deepcopy(converted)(ids), model(ids))
+
+
+class Recorder(nn.Module):
+    """Finds its blocks by their class and records what they give, as some libraries do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage = nn.Sequential(Block2(), Block2())
+
+    def forward(self, x):
+        seen = []
+        hooks = [m.register_forward_hook(lambda m, i, o: seen.append(o)) for m in self.modules() if type(m) is Block2]
+        y = self.stage(x)
+        for hook in hooks:
+            hook.remove()
+        return y + len(seen) if y.sum() > -1e9 else y
+
+
+class Block2(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@torch.no_grad()
+def test_modules_that_the_model_finds_by_their_class_stay_what_they_are():
+    model, x = Recorder(), torch.randn(2, 4)
+    prepared = prepared_for(model, (x,))
+    plan = qcore.explain(prepared)
+    assert plan.parts == ("stage.0.linear", "stage.1.linear")
+    assert torch.allclose(prepared(x), model(x), atol=1e-5)
+    assert any("with a graph in its place the model fails" in module.reason for module in plan.python)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.last = [x * 2]
+        self.calls += 1
+        return self.linear(x)
+
+
+def test_a_forward_that_keeps_values_for_later_is_no_graph():
+    model = Remembers()
+    prepared = prepared_for(model, (torch.randn(2, 4),))
+    (python,) = qcore.explain(prepared).python
+    assert python.reason == "it keeps a value of this call in Remembers.last for later calls"
+    assert type(model.last[0]) is torch.Tensor  # From the float model's own run.
+    prepared(torch.ones(2, 4))
+    assert torch.equal(prepared.last[0], torch.full((2, 4), 2.0))
 
 
 class TwoForms(nn.Module):

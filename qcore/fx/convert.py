@@ -85,10 +85,18 @@ class _Conversion:
             self.clamps_before.setdefault(result, []).append(clamp)
         self.qparams = {number: observer.calculate_qparams() for number, observer in observers.items()}
         self.notes: list[str] = []
+        self.memo: dict[int, object] = {}
+        observers_called = set(self.plan.observers.values())
+        self.called = {
+            str(node.target)
+            for node in self.graph.nodes
+            if node.op == "call_module" and node.target not in observers_called
+        }
 
     def run(self) -> QGraphModule:
         self.check_scales()
         self.report_nonfinite()
+        self.take_modules()
         for weight in self.plan.weights:
             self.quantize_weight(weight)
         for node, number in observer_nodes(self.prepared, self.plan):
@@ -231,20 +239,22 @@ class _Conversion:
         return _has(self.root, stem) or any(_has(self.prepared, name) for name in others)
 
     def is_read_as_float(self, source: fx.Node) -> bool:
-        preserved = source.target in self.preparation.preserved
-        return preserved or any(user.name not in self.quantized_readers for user in source.users)
+        owner, _, _ = str(source.target).rpartition(".")
+        if source.target in self.preparation.preserved or owner in self.called:
+            return True
+        return any(user.name not in self.quantized_readers for user in source.users)
+
+    def take_modules(self) -> None:
+        """Copy the modules that the graph calls, before anything takes their place."""
+        for target in sorted(self.called):
+            _add_module(self.root, target, copy.deepcopy(self.prepared.get_submodule(target), self.memo))
 
     def take_attributes(self) -> None:
         """Copy what the graph still reads from the prepared model."""
-        memo: dict[int, object] = {}
         for node in self.graph.nodes:
-            if node.op not in ("get_attr", "call_module") or _has(self.root, str(node.target)):
-                continue
-            value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), memo)
-            if isinstance(value, torch.Tensor):
+            if node.op == "get_attr" and not _has(self.root, str(node.target)):
+                value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), self.memo)
                 set_tensor(self.root, str(node.target), value)
-            else:
-                _add_module(self.root, str(node.target), value)
 
 
 def _has(root: nn.Module, target: str) -> bool:

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import inspect
 import math
 import operator
 import threading
@@ -12,7 +13,6 @@ from unittest import mock
 import torch
 from torch import fx
 
-from qcore.fx.operators import operator_of
 from qcore.fx.signature import check_size
 from qcore.fx.values import Value, values_in
 
@@ -100,14 +100,29 @@ class ExampleTracer(fx.Tracer):
         function = self.root.get_submodule(target) if node.op == "call_module" else target
         return function(*args, **kwargs)
 
-    def class_of(self, value: Value) -> type:
-        """The class of what a value stands for."""
-        if self.is_evaluating or not self.has_example(value):
-            return Value
-        op = operator_of(value.node) if type(value) is Value else None
-        if value.node.op == "placeholder" or (op is not None and op.weight is not None):
-            return torch.Tensor  # Without a run.
-        return type(self.example(value))
+    def isinstance(self, value: Any, classes: Any) -> bool:
+        """``isinstance`` as a traced forward means it: about what a value stands for.
+
+        A ``__class__`` that says so would do for Python, but torch's C code takes its word for it, and crashes.
+        """
+        if builtins.isinstance(value, classes):
+            return True
+        if not issubclass(type(value), Value) or self.is_evaluating or not self.has_example(value):
+            return False
+        return builtins.isinstance(self.example(value), classes)
+
+    @contextlib.contextmanager
+    def with_own_isinstance(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Let a forward, and all functions of its file, ask ``isinstance`` about traced values."""
+        space = getattr(inspect.unwrap(forward), "__globals__", {})
+        if "isinstance" in space:
+            yield
+            return
+        space["isinstance"] = self.isinstance
+        try:
+            yield
+        finally:
+            del space["isinstance"]
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""

@@ -102,13 +102,10 @@ def find_parts(
         finder = _Finder(own, leaf_names, leaf_classes, closed)
         with same_random_numbers():
             finder.run(args, kwargs)
-        with _installed_stubs(own, finder.parts) as reads:
-            _run_with_stubs(own, args, kwargs, expected)
-        news = {path: name for path, name in reads if path not in closed}
+        news = _misfits(own, finder.parts, args, kwargs, expected)
         if not news:
             break
-        for path, name in news.items():
-            closed[path] = f"its attribute {name} is read from outside"
+        closed.update(news)
     python = [reason, *finder.python.values()]
     inside = {id(module) for part in finder.parts.values() for module in part.module.modules()}
     outside = [m for m in own.modules() if id(m) not in inside and type(m) in _WEIGHTED]
@@ -282,13 +279,35 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _installed_stubs(model: nn.Module, parts: dict[str, Part]) -> Iterator[list[tuple[str, str]]]:
+def _misfits(
+    model: nn.Module, parts: dict[str, Part], args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any
+) -> dict[str, str]:
+    """The parts that the model can't do with in the place of its modules, with the reasons."""
+    problem, reads = _run_with_stubs(model, parts.values(), args, kwargs, expected)
+    if not problem:
+        return {path: f"its attribute {name} is read from outside" for path, name in reads}
+    # The model may look for modules by their class, such as to record their outputs.
+    found = {}
+    for path, part in parts.items():
+        alone, _ = _run_with_stubs(model, [part], args, kwargs, expected)
+        if alone and path:
+            found[path] = f"with a graph in its place the model fails: {alone}"
+    if not found:
+        found = {path: f"with graphs in place the model fails: {problem}" for path in parts}
+    return found
+
+
+def _run_with_stubs(
+    model: nn.Module, parts: Iterable[Part], args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any
+) -> tuple[str, list[tuple[str, str]]]:
+    """Run the model with parts in place: what went wrong, and what it read of them beside calling them."""
     reads: list[tuple[str, str]] = []
-    stubs: dict[int, nn.Module] = {id(part.module): _Stub(part, reads) for part in parts.values()}
-    replaced = replace_modules(model, stubs)
+    replaced = replace_modules(model, {id(part.module): _Stub(part, reads) for part in parts})
     try:
-        yield reads
+        with torch.no_grad(), same_random_numbers():
+            return difference(expected, model(*copied(args), **copied(kwargs))), reads
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", reads
     finally:
         for owner, name, module in replaced:
             owner._modules[name] = module
@@ -305,14 +324,6 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> list[tupl
     for owner, name, module in found:
         owner._modules[name] = new[id(module)]
     return found
-
-
-def _run_with_stubs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any) -> None:
-    with torch.no_grad(), same_random_numbers():
-        found = model(*copied(args), **copied(kwargs))
-    problem = difference(expected, found)
-    if problem:
-        raise TraceError(f"{type(model).__name__}: with its traced parts in place, {problem}", "", None)
 
 
 @contextmanager

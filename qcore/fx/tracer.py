@@ -10,7 +10,8 @@ speaks of.
 import copy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from torch import fx, nn
 from torch.fx.proxy import Scope, ScopeContextManager
 
 from qcore.errors import TraceError
-from qcore.fx.example_tracer import ExampleTracer, factories_recorded
+from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.values import Value
+from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -147,7 +148,7 @@ class NormalFormTracer(ExampleTracer):
             try:
                 if form is not None:
                     return self._inside(m, path, forward, args, kwargs)
-                with ScopeContextManager(self.scope, Scope(path, type(m))):
+                with ScopeContextManager(self.scope, Scope(path, type(m))), self.with_own_isinstance(type(m).forward):
                     return forward(*args, **kwargs)
             except Exception:
                 if self.failed_path is None:
@@ -183,7 +184,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with factories_recorded(self):
+        with factories_recorded(self), self.with_own_isinstance(type(root).forward):
             return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -316,11 +317,39 @@ def trace(
     """
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
     try:
-        graph = tracer.trace(model)
+        with _left_alone(model):
+            graph = tracer.trace(model)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
     graph.eliminate_dead_code(is_impure)
     return QGraphModule(_Root(model, graph, tracer.constants, copies), graph)
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Put back what a traced forward writes into its modules; a value of the graph that it keeps is an error."""
+    before = {
+        module: (dict(vars(module)), dict(module._parameters), dict(module._buffers), dict(module._modules))
+        for module in model.modules()
+    }
+    kept = ""
+    try:
+        yield
+    finally:
+        for module, (attributes, parameters, buffers, modules) in before.items():
+            for name, value in vars(module).items():
+                if attributes.get(name) is not value and values_in(value):
+                    kept = f"{type(module).__name__}.{name}"
+            vars(module).clear()
+            vars(module).update(attributes)
+            registries: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+                (module._parameters, parameters), (module._buffers, buffers), (module._modules, modules),
+            )  # fmt: skip
+            for own, saved in registries:
+                own.clear()
+                own.update(saved)
+    if kept:
+        raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
 
 def is_impure(node: fx.Node) -> bool:
@@ -338,22 +367,24 @@ class _Root(nn.Module):
     def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], copies: bool) -> None:
         super().__init__()
         memo: dict[int, Any] = {}
-        for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")):
-            owner_path, _, name = target.rpartition(".")
-            owner: Any = model.get_submodule(owner_path)
-            value = constants[target] if target in constants else getattr(owner, name)
-            place: nn.Module = self
-            for step in owner_path.split(".") if owner_path else ():
-                if step not in place._modules:
-                    place.add_module(step, nn.Module())
-                place = place.get_submodule(step)
-            own = copy.deepcopy(value, memo) if copies else value
-            if isinstance(own, torch.Tensor) and not isinstance(own, nn.Parameter):
-                place.register_buffer(name, own)
-            elif name in place._modules and isinstance(own, nn.Module):
-                raise TraceError(f"{target} is both called and looked into", target, None)
-            else:
-                setattr(place, name, own)
+        # Modules first: a tensor may be one of theirs.
+        for op in ("call_module", "get_attr"):
+            for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == op):
+                owner_path, _, name = target.rpartition(".")
+                owner: Any = model.get_submodule(owner_path)
+                value = constants[target] if target in constants else getattr(owner, name)
+                place: nn.Module = self
+                for step in owner_path.split(".") if owner_path else ():
+                    if step not in place._modules:
+                        place.add_module(step, nn.Module())
+                    place = place.get_submodule(step)
+                own = copy.deepcopy(value, memo) if copies else value
+                if hasattr(place, name):
+                    continue
+                if isinstance(own, torch.Tensor) and not isinstance(own, nn.Parameter):
+                    place.register_buffer(name, own)
+                else:
+                    setattr(place, name, own)
         self.training = model.training
 
 

@@ -37,11 +37,6 @@ class Value(fx.Proxy):
 
     tracer: "ExampleTracer"
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The class of what it stands for, so that ``isinstance(x, torch.Tensor)`` holds as in eager mode."""
-        return self.tracer.class_of(self)
-
     def __getattr__(self, name: str) -> Any:
         if name in _PLAIN_PROPERTIES and self.tracer.has_example(self):
             return getattr(self.tracer.example(self), name)
