@@ -21,10 +21,11 @@ from qcore.errors import (
 )
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
+from qcore.fx.expand import expand
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
 from qcore.fx.graph_module import PARTIAL, FloatFallback, PartialPreparation, Preparation, QGraphModule
 from qcore.fx.observe import observe
-from qcore.fx.parts import Part, copy_of, find_parts, plain_attributes, replace_modules, same_random_numbers
+from qcore.fx.parts import Part, comparable, copy_of, find_parts, plain_attributes, replace_modules
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import propagate_examples, run_model
@@ -98,11 +99,12 @@ def prepare_fx(
         raise ConfigError(problems)
 
     args, kwargs = _call(example_inputs)
-    with same_random_numbers():
+    with comparable():
         expected = run_model(model, args, kwargs)
-    found = find_parts(
-        model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
-    )
+    with comparable():
+        found = find_parts(
+            model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
+        )
     is_custom_config = backend_config is not None and backend is None
     preparer = _Preparer(resolver, traits, chosen, config, is_custom_config, custom.preserved_attributes)
     prepared = {path: preparer.prepare(part) for path, part in found.parts.items()}
@@ -155,6 +157,7 @@ class _Preparer:
     def prepare(self, part: Part) -> QGraphModule:
         graph = part.graph
         before = set(graph.graph.nodes)
+        expand(graph)
         fuse(graph, self.backend.fusion_patterns())
         if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
             propagate_examples(graph, part.examples)

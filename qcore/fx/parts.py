@@ -210,9 +210,13 @@ class _Finder:
             if part is None:
                 calls = Counter(self.calls)
                 inner = [name.removeprefix(f"{path}.") for name in self.leaf_names if name.startswith(f"{path}.")]
+                root, place = module, path
+                if isinstance(module, nn.MultiheadAttention):
+                    place, _, name = path.rpartition(".")
+                    root = _Holder(name, module)
                 with same_random_numbers():
                     graph = trace(
-                        module, inner, self.leaf_classes, signature, examples, path=path, calls=calls, copies=False
+                        root, inner, self.leaf_classes, signature, examples, path=place, calls=calls, copies=False
                     )
                 part = Part(path, module, graph, signature, copied(examples))
                 result = propagate_examples(graph, examples)
@@ -228,10 +232,24 @@ class _Finder:
             self.is_inside = before
 
 
+class _Holder(nn.Module):
+    """Calls a module that a graph holds as a leaf."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[self.name](*args, **kwargs)  # type: ignore[misc]
+
+
 def _is_probable(module: nn.Module) -> bool:
     """Whether a module may be worth a graph: it, or something in it, has a weight, and it is called as a module."""
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
         return False
+    if isinstance(module, nn.MultiheadAttention):
+        return True
     if type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children()):
         return type(module) in _WEIGHTED
     return any(parameter.dim() >= 2 for parameter in module.parameters())
@@ -334,3 +352,15 @@ def same_random_numbers() -> Iterator[None]:
         yield
     finally:
         torch.random.set_rng_state(state)
+
+
+@contextmanager
+def comparable() -> Iterator[None]:
+    """Let torch's transformer modules compute as a graph of their operators does, and not by a kernel of their own."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with same_random_numbers():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.proxy import Scope, ScopeContextManager
+from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
@@ -107,6 +108,7 @@ class NormalFormTracer(ExampleTracer):
         return call, [self.root, *tensors]
 
     def _result(self, signature: CallSignature, result: Any) -> Any:
+        result = pytree.tree_map_only(Value, self._opened, result)
         form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
         self.settle_all()
         if signature.is_plain and form.is_plain:
@@ -114,15 +116,24 @@ class NormalFormTracer(ExampleTracer):
         self.graph.set_codegen(SignatureCodeGen(signature, form))
         return tuple(outputs)
 
+    def _opened(self, value: Value) -> Any:
+        """A value as the tuple that it is, if it comes from a module that gives several tensors at once."""
+        node = value.node
+        several = (nn.MultiheadAttention, nn.RNNBase)
+        if node.op != "call_module" or not isinstance(self.root.get_submodule(str(node.target)), several):
+            return value
+        return pytree.tree_map_only(Value, self._opened, tuple(value))
+
     def overwrite(self, value: Value, by: fx.Proxy) -> None:
         """From here on, whoever reads ``value`` reads ``by``."""
         self._overwritten[self._current(value.node)] = by.node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
-        return self._is_opaque(m, module_qualified_name) or (
-            m.__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        )
+        if self._is_opaque(m, module_qualified_name) or isinstance(m, nn.MultiheadAttention):
+            return True
+        name = type(m).__module__
+        return name.startswith("torch.nn.") and not name.startswith("torch.nn.utils.") and not any(m.children())
 
     def _is_opaque(self, m: nn.Module, path: str) -> bool:
         return path in self._leaf_names or type(m) in self._leaf_classes
@@ -241,7 +252,9 @@ class NormalFormTracer(ExampleTracer):
         if self._overwritten:
             args = fx.map_arg(args, self._current)
             kwargs = fx.map_arg(kwargs, self._current)
-        origin, self._origin = self._origin, None
+        origin = None
+        if kind != "get_attr":  # A tensor among the arguments of the call that the origin is of.
+            origin, self._origin = self._origin, None
         inplace = False
         if kind in ("call_function", "call_method") and origin is None and target is not check_size:
             origin = self._make_origin(target, False, self.scope.module_path)
