@@ -9,9 +9,10 @@ a model and a contender is a process of its own, with a time limit. Needs ``requ
 What a cell says: the share of the weights of convolutions and linear layers that are stored as int8, and the SQNR of
 the outputs against the float model, over all their float tensors together (integers, such as labels, are left out; of
 detectors, the scores that they rank are compared, see ``Case.compared``); or the stage that failed, the error's class
-and its first line. The weights are random, so an SQNR is a check on plausibility and no measure of accuracy. Batch
-norms get the statistics of a few random batches first: with the initial ones, activations of deep networks vanish or
-explode. The default mapping of each contender is used; calibration is three random batches.
+and and its first line. The weights are random, so an SQNR is a check on plausibility and no measure of accuracy. Networks
+are as their constructors leave them, whose activations may fade to 1e-9; ``--settle-batch-norms`` gives batch norms the
+statistics of a few random batches first, which makes every network amplify what is small, rounding included. The
+default mapping of each contender is used; calibration is three random batches.
 
 This file is a contender of torch.ao's like ``accuracy_torch_ao.py``: only its worker imports ``torch.ao.quantization``.
 """
@@ -52,6 +53,7 @@ NORM_BATCHES = 3
 #: An SQNR that random weights reach when nothing is wrong.
 PLAUSIBLE_DB = 10.0
 _SHOWN = 90
+_SETTLE = "QCORE_COVERAGE_SETTLE_BATCH_NORMS"
 
 Result = dict[str, Any]
 
@@ -138,7 +140,7 @@ def quantize_qcore(model: nn.Module, batches: list[Inputs], backend: str, at: Ca
 
     at("prepare")
     mapping = qcore.get_default_qconfig_mapping(backend)
-    prepared = qcore.prepare_fx(model, mapping, batches[0])  # type: ignore[arg-type]
+    prepared = qcore.prepare_fx(model, mapping, batches[0])
     at("calibrate")
     with torch.no_grad():
         for batch in batches:
@@ -200,7 +202,8 @@ def measure(name: str, contender: str) -> Result:
     try:
         torch.manual_seed(0)
         model = case.build()
-        settle_batch_norms(model, case)
+        if os.environ.get(_SETTLE):
+            settle_batch_norms(model, case)
         batches = [case.inputs() for _ in range(CALIBRATION_BATCHES)]
         evaluation = case.inputs()
         expected = observed(model, case, evaluation)
@@ -351,6 +354,9 @@ def main() -> int:
     parser.add_argument("--backends", nargs="*", default=["x86_onednn", "reference"])
     parser.add_argument("--no-torch-ao", action="store_true")
     parser.add_argument("--results", type=Path, help="JSON lines; what stands there isn't measured again")
+    parser.add_argument(
+        "--settle-batch-norms", action="store_true", help="give batch norms the statistics of random batches first"
+    )
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and contender")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -361,6 +367,8 @@ def main() -> int:
         warnings.simplefilter("ignore")
         print(json.dumps(measure(*options.contender)))
         return 0
+    if options.settle_batch_norms:
+        os.environ[_SETTLE] = "1"  # For the workers.
     names = [n for n, case in CASES.items() if case.family in options.families and re.search(options.only, n)]
     if not names:
         parser.error("no model has such a name")

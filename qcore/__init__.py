@@ -32,6 +32,7 @@ from qcore.plugins.entry_points import InstalledBackend, installed_backends
 from qcore.plugins.manager import get_backend
 from qcore.qconfig import (
     QConfig,
+    default_dynamic_qconfig,
     default_histogram_observer,
     default_observer,
     default_per_channel_qconfig,
@@ -39,6 +40,7 @@ from qcore.qconfig import (
     default_placeholder_observer,
     default_qconfig,
     default_weight_observer,
+    default_weight_only_qconfig,
 )
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import Decision, QuantizationPlan
@@ -78,6 +80,7 @@ __all__ = [
     "calibrate",
     "convert_fx",
     "convert_to_reference_fx",
+    "default_dynamic_qconfig",
     "default_histogram_observer",
     "default_observer",
     "default_per_channel_qconfig",
@@ -85,6 +88,7 @@ __all__ = [
     "default_placeholder_observer",
     "default_qconfig",
     "default_weight_observer",
+    "default_weight_only_qconfig",
     "explain",
     "fuse_fx",
     "get_backend",

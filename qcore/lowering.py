@@ -80,6 +80,7 @@ class QuantizedCall:
         output: the qparams of the result; ``None`` if the kernel must give float.
         overwritable: for each input, whether nothing reads its integers after this call, so that a kernel may write its
             result over them.
+        dynamic: if the kernel is called with a float and finds its qparams itself: the range of the integers.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -88,6 +89,7 @@ class QuantizedCall:
     bias: Tensor | None
     output: QParams | None
     overwritable: tuple[bool, ...]
+    dynamic: tuple[int, int] | None = None
 
     @property
     def quantized_output(self) -> QParams:
@@ -119,10 +121,13 @@ class LoweringRule:
     Attributes:
         pattern: as in a BackendPatternConfig.
         build: gives a module that takes the inputs' integers and returns the result's, or declines.
+        is_dynamic: whether it is for operators whose input takes its qparams at run time: the module takes and gives
+            float. Such a pattern is a single operator.
     """
 
     pattern: Pattern
     build: Callable[[QuantizedCall], "nn.Module | Declined"]
+    is_dynamic: bool = False
 
 
 class KernelModule(nn.Module):
@@ -281,7 +286,10 @@ class _Lowering:
             if decision.dtype_config is not None and decision.dtype_config.output_constraints.dtype == torch.float32
         }
         self.by_last: dict[object, list[tuple[tuple[object, ...], LoweringRule]]] = {}
+        self.dynamic_rules = {pattern_keys(rule.pattern)[0]: rule for rule in rules if rule.is_dynamic}
         for rule in rules:
+            if rule.is_dynamic:
+                continue
             keys = pattern_keys(rule.pattern)
             self.by_last.setdefault(keys[-1], []).append((keys, rule))
         for candidates in self.by_last.values():
@@ -290,11 +298,14 @@ class _Lowering:
     def run(self) -> QGraphModule:
         nodes = list(self.graph.nodes)
         self.position = {node: number for number, node in enumerate(nodes)}
+        dynamic = self.preparation.plan.dynamic
         for node in nodes:
             if node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
                 self.integers[node] = _Integers(_node(node.args[0]), _key(node))
             elif node.target is ops.quantize_per_tensor:
                 self.lower_quantize(node)
+            elif node.name in dynamic:
+                self.lower_dynamic(node)
             elif node.name in self.float_results:
                 self.lower_chain(node, None)
             elif _reads_shape(node):
@@ -331,6 +342,26 @@ class _Lowering:
             replaced.replace_all_uses_with(kernel)
             return True
         return False
+
+    def lower_dynamic(self, node: fx.Node) -> None:
+        """Let a kernel that finds its input's qparams itself stand for an operator and the rounding before it."""
+        op = operator_of(node)
+        rule = self.dynamic_rules.get(op)
+        (rounded,) = activation_inputs(node)
+        if op is None or rule is None or rounded.target is not ops.dynamic_quantize_dequantize:
+            self.declined[node.name] = "no kernel: rounded at run time, computed in float"
+            return
+        weight, bias = self.weight(node, op) if op.weight is not None else (None, None)
+        low, high = rounded.args[1:]
+        call = QuantizedCall((node,), (), weight, bias, None, (), dynamic=(int(low), int(high)))  # type: ignore[arg-type]
+        built = rule.build(call)
+        if isinstance(built, Declined):
+            self.declined[node.name] = f"no kernel ({built.reason}): rounded at run time, computed in float"
+            return
+        self.kernels[node.name] = getattr(built, "kernel_name", type(built).__name__)
+        with self.graph.inserting_before(node):
+            kernel = self.add_module(node.name, built, (rounded.args[0],))
+        node.replace_all_uses_with(kernel)
 
     def lower_quantize(self, quantize: fx.Node) -> None:
         """Find what computes the integers of a quantize: a kernel, or the integers as they are."""

@@ -22,6 +22,7 @@ _library.define(
     "quantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis, int quant_min, int quant_max,"
     " ScalarType dtype) -> Tensor"
 )
+_library.define("dynamic_quantize_dequantize(Tensor input, int quant_min, int quant_max) -> Tensor")
 _library.define("dequantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis) -> Tensor")
 
 
@@ -53,6 +54,28 @@ def _dequantize_per_channel(input: Tensor, scales: Tensor, zero_points: Tensor, 
     return _dequantize(input, _along(scales, input, axis), _along(zero_points, input, axis))
 
 
+def dynamic_qparams(input: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that spread the integers over a tensor's own range, zero included.
+
+    Args:
+        input: float32, of any shape.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+
+    Returns:
+        Two 0-d tensors: the scale, float32, and the zero point, int64.
+    """
+    low, high = torch.aminmax(input) if input.numel() else (input.new_zeros(()), input.new_zeros(()))
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=torch.finfo(torch.float32).tiny)
+    return scale, (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max).to(torch.int64)
+
+
+def _dynamic(input: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    scale, zero_point = dynamic_qparams(input, quant_min, quant_max)
+    return _dequantize(_quantize(input, scale, zero_point, quant_min, quant_max, torch.int32), scale, zero_point)
+
+
 def _fake_quantized(input: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(input, dtype=arguments[-1])
 
@@ -64,6 +87,7 @@ def _fake_dequantized(input: Tensor, *_arguments: Any) -> Tensor:
 for _name, _function, _fake in (
     ("quantize_per_tensor", _quantize, _fake_quantized),
     ("dequantize_per_tensor", _dequantize, _fake_dequantized),
+    ("dynamic_quantize_dequantize", _dynamic, _fake_dequantized),
     ("quantize_per_channel", _quantize_per_channel, _fake_quantized),
     ("dequantize_per_channel", _dequantize_per_channel, _fake_dequantized),
 ):
@@ -74,3 +98,4 @@ quantize_per_tensor = torch.ops.qcore.quantize_per_tensor.default
 dequantize_per_tensor = torch.ops.qcore.dequantize_per_tensor.default
 quantize_per_channel = torch.ops.qcore.quantize_per_channel.default
 dequantize_per_channel = torch.ops.qcore.dequantize_per_channel.default
+dynamic_quantize_dequantize = torch.ops.qcore.dynamic_quantize_dequantize.default

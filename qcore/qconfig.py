@@ -152,3 +152,12 @@ default_placeholder_observer = PlaceholderObserver.with_args(dtype=torch.float32
 
 default_qconfig = QConfig(activation=default_observer, weight=default_weight_observer)
 default_per_channel_qconfig = QConfig(activation=default_observer, weight=default_per_channel_weight_observer)
+#: Activations take the range of each batch at run time, where one range for all batches costs too much accuracy.
+default_dynamic_qconfig = QConfig(
+    activation=PlaceholderObserver.with_args(dtype=torch.uint8, is_dynamic=True),
+    weight=default_per_channel_weight_observer,
+)
+#: Activations stay float; weights are stored as integers and dequantized at each call.
+default_weight_only_qconfig = QConfig(
+    activation=default_placeholder_observer, weight=default_per_channel_weight_observer
+)

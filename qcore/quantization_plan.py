@@ -140,6 +140,7 @@ class QuantizationPlan:
         shared: nodes whose output has the qparams of their input, with the number of those.
         absorbed: clamps that the quantize after them makes needless, with the node whose output is quantized there.
         weights: the weights to quantize.
+        dynamic: operators whose input takes its qparams at run time, with the range of the integers.
         observers: names of the observers in the prepared model, by number of the qparams.
         notes: what came up later, such as NaN in calibration.
         parts: paths of the modules that are graphs; empty if the whole model is one.
@@ -154,6 +155,7 @@ class QuantizationPlan:
     shared: Mapping[str, int] = field(default_factory=dict)
     absorbed: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[WeightQuantization, ...] = ()
+    dynamic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     observers: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from qcore import ops
 from qcore.errors import CalibrationError, CalibrationWarning, ConfigError
 from qcore.fx.graph_module import Preparation, QGraphModule, get_attribute, set_tensor
 from qcore.fx.observe import make_observer, observer_nodes
-from qcore.fx.operators import operator_of
+from qcore.fx.operators import activation_inputs, operator_of
 from qcore.fx.tracer import is_impure
 from qcore.observer import ObserverBase
 from qcore.quantization_plan import QuantizationPlan, QuantizedTensor, WeightQuantization
@@ -99,6 +99,12 @@ class _Conversion:
         self.take_modules()
         for weight in self.plan.weights:
             self.quantize_weight(weight)
+        for name, bounds in self.plan.dynamic.items():
+            reader = self.nodes[name]
+            (value,) = activation_inputs(reader)
+            with self.graph.inserting_before(reader):
+                rounded = self.graph.call_function(ops.dynamic_quantize_dequantize, (value, *bounds))
+            reader.replace_input_with(value, rounded)
         for node, number in observer_nodes(self.prepared, self.plan):
             self.replace_observer(self.nodes[node.name], number)
         for name, number in self.plan.shared.items():

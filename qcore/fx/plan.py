@@ -8,11 +8,11 @@ and which range of integers can all take that write and read it? Nothing is chan
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx, nn
 
-from qcore.backend_config import BackendConfig, DTypeConfig, DTypeWithConstraints, ObservationType
+from qcore.backend_config import BackendConfig, DTypeConfig, ObservationType
 from qcore.dtypes import dtype_name
+from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, scale_bounds, violation
 from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.match import Match, PatternTable, find_matches
 from qcore.fx.operators import CHUNK, SPLIT, Kind, operator_of
@@ -135,6 +135,7 @@ class _Planner:
         self.decisions: dict[fx.Node, Decision] = {}
         self.refusals: list[Refusal] = []
         self.weights: list[WeightQuantization] = []
+        self.dynamic: dict[str, tuple[int, int]] = {}
         self.absorbed: dict[str, str] = {}
 
     def run(self) -> tuple[QuantizationPlan, list[Refusal]]:
@@ -224,11 +225,14 @@ class _Planner:
         problem = self.weight_problem(match)
         if problem:
             return problem, False, None
+        op = operator_of(match.anchor)
+        if self.traits[qconfig.activation].is_placeholder and (op is None or op.weight is None):
+            return "its qconfig is for operators with weights", resolution.is_specific, None
         if self.saves_nothing(match, resolution, qconfig):
             return "it has no weights, and integers wouldn't save a conversion here", False, None
         refusals: list[str] = []
         for dtype_config in match.config.dtype_configs:
-            if gives_float(dtype_config) and not self.may_give_float(match):
+            if gives_float(dtype_config) and not reads_float(dtype_config) and not self.may_give_float(match):
                 continue
             refusal = self.refusal(match, qconfig, dtype_config) or self.reading_problem(match, dtype_config)
             if refusal is None:
@@ -252,8 +256,10 @@ class _Planner:
         if bool(dtype_config.is_dynamic) != activation.is_dynamic:
             kind = "dynamic" if activation.is_dynamic else "static"
             return f"it offers no {kind} quantization here"
-        if activation.is_placeholder:
+        if activation.is_placeholder and not reads_float(dtype_config):
             return f"a placeholder observer of {dtype_name(activation.dtype)} gives no static qparams"
+        if not activation.is_placeholder and reads_float(dtype_config) and not dtype_config.is_dynamic:
+            return "it offers weight-only quantization, for a placeholder observer of float32"
         if activation.qscheme.per_channel:
             return "activations per channel aren't offered"
         sides = [("input", dtype_config.input_constraints)]
@@ -262,7 +268,7 @@ class _Planner:
         for side, constraints in sides:
             shares = match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
             demanded = side == "output" and not shares
-            problem = _violation(side, activation, constraints, demanded)
+            problem = violation(side, activation, constraints, demanded)
             if problem:
                 return problem
         op = operator_of(match.anchor)
@@ -272,7 +278,7 @@ class _Planner:
             if example is not None and dtype_config.bias_dtype not in (None, example.dtype):
                 return f"bias dtype {dtype_name(example.dtype)}, it takes {dtype_name(dtype_config.bias_dtype)}"
         if op is not None and op.weight is not None:
-            return _violation("weight", self.traits[qconfig.weight], dtype_config.weight_constraints, True)
+            return violation("weight", self.traits[qconfig.weight], dtype_config.weight_constraints, True)
         return None
 
     def saves_nothing(self, match: Match, resolution: Resolution, qconfig: QConfig) -> bool:
@@ -319,6 +325,8 @@ class _Planner:
             resolution = self.resolution(match.anchor)
             if resolution.qconfig is None:
                 continue
+            if self.traits[resolution.qconfig.activation].is_placeholder:
+                continue  # It reads and gives float.
             if resolution.is_specific or (op is not None and op.weight is not None):
                 self.likely[match.result] = not self.weight_problem(match)
             else:
@@ -331,6 +339,11 @@ class _Planner:
         shares = match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
         if shares and not known:
             return "its input is float, and it only hands on what it gets"
+        if reads_float(dtype_config):
+            if dtype_config.is_dynamic:
+                bounds = bounds_within(self.traits[qconfig.activation], dtype_config.input_constraints)
+                self.dynamic[match.anchor.name] = bounds
+            return self.place_weight(match, qconfig, dtype_config)
         if len(known) < len(inputs) and self.traits[qconfig.activation].fixed:
             return "its input is float, and the fixed qparams of its qconfig are for its output"
         numbers = [self.read(node, match, qconfig, dtype_config) for node in inputs]
@@ -346,9 +359,12 @@ class _Planner:
             self.values.observed[match.result] = output
             for clamp in match.nodes[len(match.nodes) - match.clamps :]:
                 self.absorbed[clamp.name] = match.result.name
+        return self.place_weight(match, qconfig, dtype_config)
+
+    def place_weight(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
         op = operator_of(match.anchor)
         if op is not None and op.weight is not None:
-            tensor = _constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
+            tensor = constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
             self.weights.append(WeightQuantization(match.anchor.name, tensor))
         return ""
 
@@ -361,7 +377,7 @@ class _Planner:
 
     def reading_problem(self, match: Match, dtype_config: DTypeConfig) -> str | None:
         """What already settled about a value stands against reading it as a dtype config must, or ``None``."""
-        for node in match.inputs():
+        for node in () if reads_float(dtype_config) else match.inputs():
             if node not in self.values.outputs:
                 continue
             tensor = self.values.of(self.values.outputs[node])
@@ -370,7 +386,7 @@ class _Planner:
                 traits = replace(
                     traits, quant_min=tensor.quant_min, quant_max=tensor.quant_max, has_explicit_range=True
                 )
-            problem = _violation("input", traits, dtype_config.input_constraints, False)
+            problem = violation("input", traits, dtype_config.input_constraints, False)
             if problem:
                 return f"{node.name} is quantized otherwise than it must be read: {problem}"
         return None
@@ -382,7 +398,7 @@ class _Planner:
         else:
             key = (node, qconfig.activation)
             if key not in self.values.inputs:
-                tensor = _constrained(qconfig.activation, self.traits[qconfig.activation], constraints)
+                tensor = constrained(qconfig.activation, self.traits[qconfig.activation], constraints)
                 self.values.inputs[key] = self.values.new(tensor)
                 self.values.input_readers[key] = []
             number = self.values.inputs[key]
@@ -391,12 +407,12 @@ class _Planner:
             )
         root = self.values.find(number)
         tensor = self.values.tensors[root]
-        low, high = _bounds(tensor.traits, constraints)
-        self.values.tensors[root] = _intersected(tensor, low, high, *_scale_bounds(constraints))
+        low, high = bounds_within(tensor.traits, constraints)
+        self.values.tensors[root] = _intersected(tensor, low, high, *scale_bounds(constraints))
         return number
 
     def output_tensor(self, qconfig: QConfig, dtype_config: DTypeConfig) -> QuantizedTensor:
-        return _constrained(qconfig.activation, self.traits[qconfig.activation], dtype_config.output_constraints)
+        return constrained(qconfig.activation, self.traits[qconfig.activation], dtype_config.output_constraints)
 
     def plan(self) -> QuantizationPlan:
         values = self.values
@@ -421,6 +437,7 @@ class _Planner:
             shared=shared,
             absorbed=self.absorbed,
             weights=tuple(self.weights),
+            dynamic=self.dynamic,
         )
 
     def in_graph_order(self) -> Iterator[tuple[fx.Node, int, tuple[str, ...] | None]]:
@@ -436,72 +453,6 @@ class _Planner:
                 yield node, self.values.inputs[key], tuple(self.values.input_readers[key])
 
 
-def gives_float(dtype_config: DTypeConfig) -> bool:
-    """Whether a kernel turns integers into float by itself."""
-    return dtype_config.output_constraints.dtype == torch.float32
-
-
 def is_tuple(node: fx.Node) -> bool:
     """Whether a node gives several tensors at once, each of which a ``getitem`` then takes out."""
     return operator_of(node) in (CHUNK, SPLIT)
-
-
-def _bounds(traits: ObserverTraits, constraints: DTypeWithConstraints) -> tuple[int, int]:
-    low, high = constraints.quant_min_lower_bound, constraints.quant_max_upper_bound
-    return (
-        traits.quant_min if low is None else max(traits.quant_min, int(low)),
-        traits.quant_max if high is None else min(traits.quant_max, int(high)),
-    )
-
-
-def _scale_bounds(constraints: DTypeWithConstraints) -> tuple[float | None, float | None]:
-    bounds = (constraints.scale_min_lower_bound, constraints.scale_max_upper_bound)
-    low, high = (None if bound is None else float(bound) for bound in bounds)
-    return low, high
-
-
-def _constrained(
-    constructor: ObserverConstructor, traits: ObserverTraits, constraints: DTypeWithConstraints
-) -> QuantizedTensor:
-    """The qparams that an observer finds within a kernel's constraints; what the user left open, they fill in."""
-    low, high = _bounds(traits, constraints)
-    fixed = traits.fixed
-    if constraints.scale_exact_match is not None and constraints.zero_point_exact_match is not None:
-        fixed = (constraints.scale_exact_match, constraints.zero_point_exact_match)
-    eps, scale_max = _scale_bounds(constraints)
-    return QuantizedTensor(constructor, traits, low, high, eps, fixed, scale_max)
-
-
-def _violation(side: str, traits: ObserverTraits, constraints: DTypeWithConstraints, fixes_count: bool) -> str | None:
-    """What in an observer's traits a kernel doesn't take; what the user left open is no violation.
-
-    Args:
-        side: ``"input"``, ``"output"`` or ``"weight"``, for the message.
-        traits: of the observer.
-        constraints: of the kernel.
-        fixes_count: whether demands for an exact scale and zero point are to be compared.
-    """
-    found, wanted = traits.dtype, constraints.dtype
-    if wanted is not None and found != wanted:
-        return f"{side} dtype {dtype_name(found)}, it takes {dtype_name(wanted)}"
-    if constraints.qschemes is not None and traits.qscheme not in constraints.qschemes:
-        offered = " or ".join(scheme.value for scheme in constraints.qschemes)
-        return f"{side} {traits.qscheme.value}, it takes {offered}"
-    if constraints.ch_axis is not None and traits.ch_axis not in (None, constraints.ch_axis):
-        return f"{side} ch_axis {traits.ch_axis}, it takes {constraints.ch_axis}"
-    if traits.has_explicit_range:
-        low, high = constraints.quant_min_lower_bound, constraints.quant_max_upper_bound
-        if low is not None and traits.quant_min < low:
-            return f"{side} quant_min {traits.quant_min} < {low} (quant_min_lower_bound)"
-        if high is not None and traits.quant_max > high:
-            return f"{side} quant_max {traits.quant_max} > {high} (quant_max_upper_bound)"
-    floor = constraints.scale_min_lower_bound
-    if floor is not None and traits.eps is not None and traits.eps < floor:
-        return f"{side} eps {traits.eps} < {floor} (scale_min_lower_bound)"
-    if fixes_count and traits.fixed is not None:
-        scale, zero_point = constraints.scale_exact_match, constraints.zero_point_exact_match
-        if scale is not None and traits.fixed[0] != scale:
-            return f"{side} scale {traits.fixed[0]}, it takes exactly {scale}"
-        if zero_point is not None and traits.fixed[1] != zero_point:
-            return f"{side} zero point {traits.fixed[1]}, it takes exactly {zero_point}"
-    return None

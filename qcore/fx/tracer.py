@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -239,6 +240,15 @@ class NormalFormTracer(ExampleTracer):
             self._overwritten[call.args[0].node] = proxy.node
         return proxy
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
+        """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
+        if kind == "call_function" and self.has_example(args) and _is_users(target):
+            try:
+                return target(*args, **kwargs)
+            except Exception:
+                pass  # What it added to the graph until then is dead code.
+        return super().create_proxy(kind, target, args, kwargs, *others, **options)
+
     def create_node(
         self,
         kind: str,
@@ -292,6 +302,13 @@ class NormalFormTracer(ExampleTracer):
         if call is not None and target in INPLACE:
             return Call(call.operator, call.args, inplace=True)
         return call
+
+
+def _is_users(target: Any) -> bool:
+    """Whether a function is Python of the user's: fx calls such a one only because it was wrapped."""
+    module = getattr(target, "__module__", None) or ""
+    is_library = module.partition(".")[0] in ("torch", "qcore", "math", "builtins", "_operator", "operator")
+    return isinstance(target, FunctionType) and not is_library
 
 
 def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:

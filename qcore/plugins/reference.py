@@ -42,6 +42,12 @@ def qcore_backend_config() -> BackendConfig:
     config = BackendConfig("reference")
     for operator in _OWN_OUTPUT:
         config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(anything))
+    # The range of the input is taken at run time, or only the weight is quantized.
+    dynamic = DTypeConfig(output_dtype=torch.float32, is_dynamic=True)
+    weight_only = DTypeConfig(torch.float32, torch.float32)
+    for operator in (*op.CONV, *op.CONV_TRANSPOSE, op.LINEAR):
+        pattern = BackendPatternConfig(operator).set_dtype_configs([dynamic, weight_only, anything])
+        config.set_backend_pattern_config(pattern)
     config.set_backend_pattern_configs(sharing_patterns(anything))
     for operator in _ONE_SIDED_FIXED:
         config.set_backend_pattern_config(

@@ -59,12 +59,17 @@ def backend_config(has_vnni: bool) -> BackendConfig:
     fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
     unweighted = DTypeConfig(ACTIVATION, ACTIVATION)
 
+    # Where one range for all inputs costs too much: it is taken at run time, or only the weight is quantized.
+    weight_only = DTypeConfig(torch.float32, torch.float32, per_channel, torch.float32)
+    dynamic = DTypeConfig(ACTIVATION, torch.float32, per_channel, torch.float32, is_dynamic=True)
+
     config = BackendConfig("fbgemm")
     for operator in op.CONV:
         pattern = BackendPatternConfig(operator).set_condition(DEPTHWISE)
-        config.set_backend_pattern_config(pattern.set_dtype_configs(depthwise))
-    for operator in (*op.CONV, op.LINEAR):
-        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(dense))
+        config.set_backend_pattern_config(pattern.set_dtype_configs([*depthwise, weight_only]))
+        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs([*dense, weight_only]))
+    linear = BackendPatternConfig(op.LINEAR).set_dtype_configs([*dense, dynamic, weight_only])
+    config.set_backend_pattern_config(linear)
     # Transposed convolutions take one scale for all weights; which of those their kernels pair is left open, so they
     # keep to 7 bits, and with VNNI those that may count as depthwise.
     for operator in op.CONV_TRANSPOSE:

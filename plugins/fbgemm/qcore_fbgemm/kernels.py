@@ -261,6 +261,41 @@ class QLinear(_Weighted):
         return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
+class QDynamicLinear(KernelModule):
+    """A linear layer from float to float, that takes the range of each input as it comes.
+
+    Args:
+        weight: int8, symmetric.
+        bias: float32.
+    """
+
+    kernel_name = "FBGEMM linear, range at run time"
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
+        self.register_buffer("bias", bias)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int64)
+        with _engine():
+            weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
+            packed = _LIBRARY.linear_prepack(weight, self.bias)
+        kernel = _LIBRARY.linear_dynamic.default
+        return _with_batch(lambda x: kernel(x, packed), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result as float."""
+        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
+        return run(x)
+
+
 class QAdd(_Kernel):
     """A sum of two activations, of the same shape or broadcast.
 

@@ -16,7 +16,7 @@ def _saturates(call: QuantizedCall, weight: Tensor, largest: int) -> bool:
     """Whether a pair of products could overflow 16 bits on this CPU, if ``largest`` is what its weights add up to."""
     if kernels.has_vnni() and not is_depthwise(weight):
         return False
-    return largest * call.inputs[0].quant_max > 2**15 - 1
+    return largest * (call.inputs[0].quant_max if call.inputs else 255) > 2**15 - 1
 
 
 _SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerChannelMinMaxObserver for them")
@@ -63,6 +63,16 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
     return kernels.QLinear(call.weight, call.bias, call.quantized_output)
 
 
+def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
+    """A linear layer that takes its input's range at run time."""
+    assert call.weight is not None
+    if call.dynamic != (0, 255):
+        return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
+    if _saturates(call, call.weight.values, largest_sum(call.weight.values)):
+        return _SATURATES
+    return kernels.QDynamicLinear(call.weight, call.bias)
+
+
 def add(call: QuantizedCall) -> nn.Module | Declined:
     """A sum of two activations; with a number, in float."""
     return kernels.QAdd(call.quantized_output) if len(call.inputs) == 2 else _float_kernel(call)
@@ -94,6 +104,7 @@ def _in_float(operator: Operator) -> LoweringRule:
 
 
 RULES: tuple[LoweringRule, ...] = (
+    LoweringRule(op.LINEAR, dynamic_linear, is_dynamic=True),
     *(LoweringRule(operator, conv) for operator in op.CONV),
     *(LoweringRule(operator, conv_transpose) for operator in op.CONV_TRANSPOSE),
     LoweringRule(op.LINEAR, linear),

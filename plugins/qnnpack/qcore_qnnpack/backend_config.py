@@ -36,9 +36,15 @@ def backend_config() -> BackendConfig:
     fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
     unweighted = DTypeConfig(ACTIVATION, ACTIVATION)
 
+    # Where one range for all inputs costs too much: it is taken at run time, or only the weight is quantized.
+    weight_only = DTypeConfig(torch.float32, torch.float32, per_channel, torch.float32)
+    dynamic = DTypeConfig(ACTIVATION, torch.float32, per_channel, torch.float32, is_dynamic=True)
+
     config = BackendConfig("qnnpack")
-    for operator in (*op.CONV, op.LINEAR):
-        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(weighted))
+    for operator in op.CONV:
+        config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs([*weighted, weight_only]))
+    linear = BackendPatternConfig(op.LINEAR).set_dtype_configs([*weighted, dynamic, weight_only])
+    config.set_backend_pattern_config(linear)
     # With scales per channel these kernels read beyond them where there are groups; the 3d one is wrong altogether.
     for operator in op.CONV_TRANSPOSE[:2]:
         config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs(weighted[1:]))

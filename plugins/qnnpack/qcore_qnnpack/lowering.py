@@ -62,6 +62,14 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
     return kernels.QLinear(call.weight, call.bias, call.quantized_output)
 
 
+def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
+    """A linear layer that takes its input's range at run time."""
+    assert call.weight is not None
+    if call.dynamic != (0, 255):
+        return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
+    return kernels.QDynamicLinear(call.weight, call.bias)
+
+
 def add(call: QuantizedCall) -> nn.Module | Declined:
     """A sum of two activations; with a number, in float."""
     return kernels.QAdd(call.quantized_output) if len(call.inputs) == 2 else _float_kernel(call)
@@ -93,6 +101,7 @@ def _in_float(operator: Operator) -> LoweringRule:
 
 
 RULES: tuple[LoweringRule, ...] = (
+    LoweringRule(op.LINEAR, dynamic_linear, is_dynamic=True),
     *(LoweringRule(operator, conv) for operator in op.CONV),
     *(LoweringRule(operator, conv_transpose) for operator in op.CONV_TRANSPOSE[:2]),
     LoweringRule(op.LINEAR, linear),

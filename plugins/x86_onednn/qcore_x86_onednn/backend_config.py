@@ -64,12 +64,19 @@ def backend_config(pairs_saturate: bool) -> BackendConfig:
     fixed_around_zero = DTypeWithConstraints(torch.uint8, scale_exact_match=2.0 / 256.0, zero_point_exact_match=128)
     unweighted = DTypeConfig(ACTIVATION, ACTIVATION)
 
+    # Where one range for all inputs costs too much: it is taken at run time, or only the weight is quantized.
+    weight_only = DTypeConfig(torch.float32, torch.float32, per_channel, torch.float32)
+    dynamic = DTypeConfig(ACTIVATION, torch.float32, per_channel, torch.float32, is_dynamic=True)
+
     config = BackendConfig("x86_onednn")
     residual = BackendPatternConfig((op.CONV[1], op.ADD)).set_condition(Condition("same shape", _same_shape))
     # The residual's kernel writes over the residual, which is uint8.
     config.set_backend_pattern_config(residual.set_dtype_configs(weighted[2:]))
-    for pattern in (*op.CONV, op.LINEAR, *FUSED_ACTIVATIONS):
-        config.set_backend_pattern_config(BackendPatternConfig(pattern).set_dtype_configs(weighted))
+    for pattern in (*op.CONV, *FUSED_ACTIVATIONS):
+        own = [] if isinstance(pattern, tuple) else [weight_only]
+        config.set_backend_pattern_config(BackendPatternConfig(pattern).set_dtype_configs([*weighted, *own]))
+    linear = BackendPatternConfig(op.LINEAR).set_dtype_configs([*weighted, dynamic, weight_only])
+    config.set_backend_pattern_config(linear)
     for pattern in UNWEIGHTED:
         config.set_backend_pattern_config(BackendPatternConfig(pattern).add_dtype_config(unweighted))
     for pattern in FIXED:

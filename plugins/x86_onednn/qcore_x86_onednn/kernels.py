@@ -388,6 +388,61 @@ class QLinear(_Weighted):
         return _bounded(run, self.bounds)
 
 
+class QDynamicLinear(KernelModule):
+    """A linear layer from float to float, that takes the range of each input as it comes.
+
+    Args:
+        weight: int8, symmetric.
+        bias: float32.
+    """
+
+    kernel_name = "onednn::qlinear_pointwise, range at run time"
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
+        self.register_buffer("bias", bias)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        kernel = _ONEDNN.qlinear_pointwise.default
+        packed = _ONEDNN.qlinear_prepack(self.weight.contiguous(), None)
+        zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
+        constants: tuple[Any, ...] = (
+            packed,
+            self.weight_scale,
+            zero_points,
+            self.bias,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        width = self.weight.shape[0]
+
+        def run(x: Tensor) -> Tensor:
+            if x.numel() == 0:
+                return torch.empty((*x.shape[:-1], width))
+            scale, zero_point = ops.dynamic_qparams(x, 0, 255)
+            integers = ops.quantize_per_tensor(x, scale, zero_point, 0, 255, torch.uint8)
+            y: Tensor = kernel(integers, float(scale), int(zero_point), *constants)
+            return y
+
+        return run
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result as float."""
+        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
+        return run(x)
+
+
 class _Binary(KernelModule):
     """Two integer inputs, one integer output.
 

@@ -97,6 +97,16 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
     return kernels.QLinear(call.weight, call.bias, call.inputs[0], call.output, _activation(call))
 
 
+def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
+    """A linear layer that takes its input's range at run time."""
+    assert call.weight is not None
+    if call.dynamic != (0, 255):
+        return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
+    if kernels.could_saturate(call.weight.values, 255):
+        return _SATURATES
+    return kernels.QDynamicLinear(call.weight, call.bias)
+
+
 def _binary(kernel: type[nn.Module]) -> Callable[[QuantizedCall], nn.Module | Declined]:
     def build(call: QuantizedCall) -> nn.Module | Declined:
         if len(call.inputs) != 2:
@@ -148,6 +158,7 @@ def _by_table(operator: Operator) -> LoweringRule:
 
 
 RULES: tuple[LoweringRule, ...] = (
+    LoweringRule(op.LINEAR, dynamic_linear, is_dynamic=True),
     LoweringRule((op.CONV[1], op.ADD), conv_add),
     *(LoweringRule(operator, conv) for operator in op.CONV),
     *(LoweringRule((op.CONV[1], activation), conv) for activation in (op.HARDSWISH, op.SILU)),
