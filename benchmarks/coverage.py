@@ -9,7 +9,7 @@ a model and a contender is a process of its own, with a time limit. Needs ``requ
 What a cell says: the share of the weights of convolutions and linear layers that are stored as int8, and the SQNR of
 the outputs against the float model, over all their float tensors together (integers, such as labels, are left out; of
 detectors, the scores that they rank are compared, see ``Case.compared``); or the stage that failed, the error's class
-and and its first line. The weights are random, so an SQNR is a check on plausibility and no measure of accuracy. Networks
+and its first line. The weights are random, so an SQNR is a check on plausibility and no measure of accuracy. Networks
 are as their constructors leave them, whose activations may fade to 1e-9; ``--settle-batch-norms`` gives batch norms the
 statistics of a few random batches first, which makes every network amplify what is small, rounding included. The
 default mapping of each contender is used; calibration is three random batches.

@@ -7,11 +7,11 @@ the result instead. Each node remembers in ``meta["origin"]`` how the user wrote
 speaks of.
 """
 
+import contextlib
 import copy
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -243,10 +243,10 @@ class NormalFormTracer(ExampleTracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
         if kind == "call_function" and self.has_example(args) and _is_users(target):
-            try:
-                return target(*args, **kwargs)
-            except Exception:
-                pass  # What it added to the graph until then is dead code.
+            with contextlib.suppress(Exception):  # What it adds to the graph until it fails is dead code.
+                result = target(*args, **kwargs)
+                if isinstance(result, Value):  # fx knows no other.
+                    return result
         return super().create_proxy(kind, target, args, kwargs, *others, **options)
 
     def create_node(
@@ -352,10 +352,12 @@ def trace(
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
     graph.eliminate_dead_code(is_impure)
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
     return QGraphModule(_Root(model, graph, tracer.constants, copies), graph)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """Put back what a traced forward writes into its modules; a value of the graph that it keeps is an error."""
     before = {
