@@ -317,7 +317,7 @@ class _Lowering:
         self.graph.eliminate_dead_code(is_impure)
         self.take_attributes()
         plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
-        module = QGraphModule(self.root, self.graph)
+        module = QGraphModule.of(self.root, self.graph)
         module.train(self.reference.training)
         for name in self.preparation.preserved:
             setattr(module, name, getattr(self.reference, name))

@@ -251,7 +251,7 @@ def fuse_fx(
     _check_mode(model)
     patterns = BATCH_NORM_FUSIONS if backend is None else get_available_backend(backend).fusion_patterns()
     fused = fuse(trace(model), patterns)
-    fused.recompile()
+    fused.finish()
     return fused
 
 

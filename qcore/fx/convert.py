@@ -120,7 +120,7 @@ class _Conversion:
         self.graph.eliminate_dead_code(is_impure)
         self.take_attributes()
         plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
-        module = QGraphModule(self.root, self.graph)
+        module = QGraphModule.of(self.root, self.graph)
         module.train(self.prepared.training)
         for name in self.preparation.preserved:
             setattr(module, name, copy.deepcopy(getattr(self.prepared, name)))

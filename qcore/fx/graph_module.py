@@ -79,6 +79,33 @@ class QGraphModule(fx.GraphModule):
         self.meta["qcore"] = preparation
         return self
 
+    @staticmethod
+    def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
+        """A module with the tensors and modules of ``root``, all of them and not copies, that runs ``graph``.
+
+        Args:
+            root: holds just what the graph refers to.
+            graph: becomes the module's own.
+            is_raw: leave out the code until ``finish``: passes that only change the graph needn't pay for it.
+        """
+        module = QGraphModule(nn.Module(), fx.Graph())
+        module._modules.update(root._modules)
+        module._parameters.update(root._parameters)
+        module._buffers.update(root._buffers)
+        module.training = root.training
+        vars(module)["_is_raw"] = is_raw
+        module.graph = graph
+        return module
+
+    def recompile(self) -> Any:
+        """Make the code anew; of a raw module there is none."""
+        return None if vars(self).get("_is_raw") else super().recompile()
+
+    def finish(self) -> None:
+        """Make the code of a module that may be raw."""
+        vars(self)["_is_raw"] = False
+        self.recompile()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "QGraphModule":
         # fx copies what it knows of a GraphModule, and no attribute of the user's.
         result = super().__deepcopy__(memo)
@@ -190,7 +217,7 @@ def _thaw(
         made[name] = graph.create_node(op, target, args, fx.node.map_aggregate(kwargs, resolve), name)
     root = nn.Module()
     root.__dict__.update(attributes)
-    module = QGraphModule(root, graph)
+    module = QGraphModule.of(root, graph)
     module.training = attributes["training"]
     for name, value in kept.items():
         setattr(module, name, value)

@@ -354,7 +354,7 @@ def trace(
     graph.eliminate_dead_code(is_impure)
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
-    return QGraphModule(_Root(model, graph, tracer.constants, copies), graph)
+    return QGraphModule.of(_Root(model, graph, tracer.constants, copies), graph, is_raw=True)
 
 
 @contextlib.contextmanager
@@ -413,10 +413,13 @@ class _Root(nn.Module):
                 own = copy.deepcopy(value, memo) if copies else value
                 if hasattr(place, name):
                     continue
-                if isinstance(own, torch.Tensor) and not isinstance(own, nn.Parameter):
-                    place.register_buffer(name, own)
-                else:
-                    setattr(place, name, own)
+                # Straight into the registries: a module's __setattr__ costs more than all else here.
+                registry: dict[str, Any] = place._buffers
+                if isinstance(own, nn.Module):
+                    registry = place._modules
+                elif isinstance(own, nn.Parameter):
+                    registry = place._parameters
+                registry[name] = own
         self.training = model.training
 
 
