@@ -100,12 +100,16 @@ def sum_preserving_round(steps: Tensor, low: int, high: int) -> Tensor:
     Returns:
         Integers as floats, of the same shape.
     """
-    rounded = torch.round(steps).clamp(low, high)
+    rounded = torch.round(steps).clamp_(low, high)
     errors = rounded - steps
     total = errors.sum(1)
     direction = total.sign()[:, None]
-    moved = rounded - direction
+    count = total.abs().round_()[:, None]
+    most = min(int(count.max()), steps.shape[1]) if count.numel() else 0
+    if not most:
+        return rounded
     # Only a value rounded in the direction of the row's error may move: the others would err by more than a step.
-    cost = torch.where((errors * direction > 0) & (moved >= low) & (moved <= high), errors * direction, -torch.inf)
-    rank = cost.argsort(1, descending=True).argsort(1)
-    return torch.where((rank < total.abs().round()[:, None]) & torch.isfinite(cost), moved, rounded)
+    at_end = rounded == torch.where(direction > 0, low, high)
+    cost, place = errors.mul_(direction).masked_fill_(at_end, 0.0).topk(most, 1)
+    moves = (torch.arange(most, device=steps.device) < count) & (cost > 0)
+    return rounded.scatter_add_(1, place, -direction * moves)

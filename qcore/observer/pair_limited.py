@@ -26,9 +26,9 @@ def largest_pair_sum(pairs: Tensor) -> Tensor:
     Returns:
         Positive sums (channels,).
     """
-    values = pairs.to(torch.int32)
-    positive = values.clamp(min=0).sum(2).amax(1)
-    negative = values.clamp(max=0).sum(2).amin(1)
+    first, second = pairs.to(torch.int16).unbind(2)
+    positive = (first.clamp(min=0) + second.clamp(min=0)).amax(1)
+    negative = (first.clamp(max=0) + second.clamp(max=0)).amin(1)
     return torch.maximum(positive, -negative)
 
 
