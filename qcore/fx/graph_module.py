@@ -98,8 +98,11 @@ class QGraphModule(fx.GraphModule):
         return module
 
     def recompile(self) -> Any:
-        """Make the code anew; of a raw module there is none."""
-        return None if vars(self).get("_is_raw") else super().recompile()
+        """Make the code anew; that of a raw module is made when it is first called."""
+        if not vars(self).get("_is_raw"):
+            return super().recompile()
+        type(self).forward = _finish_and_run
+        return None
 
     def finish(self) -> None:
         """Make the code of a module that may be raw."""
@@ -149,6 +152,11 @@ class FloatFallback(nn.Module):
             return self.model(*args, **kwargs)
         except GuardError:
             return self.float_model(*args, **kwargs)
+
+
+def _finish_and_run(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
+    self.finish()
+    return self.forward(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def backend_config(has_vnni: bool) -> BackendConfig:
         pattern = BackendPatternConfig(operator).set_condition(DEPTHWISE)
         config.set_backend_pattern_config(pattern.set_dtype_configs([*depthwise, weight_only]))
         config.set_backend_pattern_config(BackendPatternConfig(operator).set_dtype_configs([*dense, weight_only]))
-    linear = BackendPatternConfig(op.LINEAR).set_dtype_configs([*dense, dynamic, weight_only])
+    # What nobody reads as integers comes out as float, without a rounding to 8 bits before.
+    to_float = [DTypeConfig(ACTIVATION, torch.float32, weight, torch.float32) for weight in (per_channel, wide)]
+    linear = BackendPatternConfig(op.LINEAR).set_dtype_configs([*to_float, *dense, dynamic, weight_only])
     config.set_backend_pattern_config(linear)
     # Transposed convolutions take one scale for all weights; which of those their kernels pair is left open, so they
     # keep to 7 bits, and with VNNI those that may count as depthwise.

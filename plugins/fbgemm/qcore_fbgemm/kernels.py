@@ -261,6 +261,43 @@ class QLinear(_Weighted):
         return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
+class QLinearToFloat(KernelModule):
+    """A linear layer from integers to float.
+
+    Args:
+        weight: int8, symmetric.
+        bias: float32.
+        input: qparams of the input.
+    """
+
+    kernel_name = "FBGEMM linear, to float"
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, input: QParams) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
+        self.register_buffer("bias", bias)
+        self.add_qparams("input", input)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The kernel with its constants bound; it quantizes what it reads, which gives the integers back."""
+        zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int64)
+        with _engine():
+            weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
+            packed = _LIBRARY.linear_prepack(weight, self.bias)
+        kernel = _LIBRARY.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        scale, zero_point = self.qparams("input")
+        return _with_batch(lambda x: kernel(x.dequantize(), scale, zero_point, packed), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result as float."""
+        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
+        return run(x)
+
+
 class QDynamicLinear(KernelModule):
     """A linear layer from float to float, that takes the range of each input as it comes.
 

@@ -60,6 +60,8 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
     assert call.weight is not None
     if _saturates(call, call.weight.values, largest_sum(call.weight.values)):
         return _SATURATES
+    if call.output is None:
+        return kernels.QLinearToFloat(call.weight, call.bias, call.inputs[0])
     return kernels.QLinear(call.weight, call.bias, call.quantized_output)
 
 
