@@ -170,7 +170,7 @@ def _sentences(corpus: str, count: int) -> list[str]:
     return [sentence for sentence in sentences if len(sentence.split()) >= 5][:count]
 
 
-def calibration_sentences(count: int = 64) -> list[str]:
+def calibration_sentences(count: int = 128) -> list[str]:
     """The first sentences of Lee's background corpus of news.
 
     Raises:

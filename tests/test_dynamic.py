@@ -62,6 +62,24 @@ def test_one_layer_dynamic_among_static_ones(installed_backend):
     assert (qcore.convert_fx(prepared)(x) - expected).norm() <= 0.05 * expected.norm()
 
 
+def test_a_chain_that_does_not_take_a_qconfig_leaves_its_operator_to_the_pattern_that_does():
+    static = qcore.DTypeConfig(torch.uint8, torch.uint8, torch.int8, torch.float32)
+    dynamic = qcore.DTypeConfig(torch.uint8, torch.float32, torch.int8, torch.float32, is_dynamic=True)
+    config = qcore.BackendConfig("fusing").set_backend_pattern_configs(
+        [
+            qcore.BackendPatternConfig((nn.Linear, nn.GELU)).add_dtype_config(static),
+            qcore.BackendPatternConfig(nn.Linear).set_dtype_configs([static, dynamic]),
+        ]
+    )
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU()).eval(), torch.randn(2, 4)
+    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
+    plan = qcore.explain(qcore.prepare_fx(model, mapping, (x,), backend_config=config))
+    assert [(d.operators, d.quantized) for d in plan.decisions] == [(("linear",), True), (("gelu",), False)]
+    mapping = qcore.get_default_qconfig_mapping("reference")
+    plan = qcore.explain(qcore.prepare_fx(model, mapping, (x,), backend_config=config))
+    assert [d.operators for d in plan.decisions] == [("linear", "gelu")]
+
+
 def test_a_backend_that_offers_neither_says_so():
     config = qcore.BackendConfig("static").set_backend_pattern_config(
         qcore.BackendPatternConfig(nn.Linear).add_dtype_config(

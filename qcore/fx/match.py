@@ -65,6 +65,7 @@ def find_matches(
     table: PatternTable,
     module_types: dict[str, type[nn.Module]],
     may_absorb: Callable[[fx.Node, fx.Node], bool],
+    accepts: Callable[[fx.Node, BackendPatternConfig], bool],
 ) -> list[Match]:
     """Cover the graph with patterns, first come first served, longest first.
 
@@ -74,6 +75,8 @@ def find_matches(
         module_types: classes of the leaf modules, by path.
         may_absorb: whether a clamp (second) may be absorbed by the quantize that follows a pattern (anchor first);
             asked only where nothing else reads the clamp's input.
+        accepts: whether a pattern's dtype configs take the qconfig of an anchor; of several patterns that fit, the
+            first that does is chosen, and the first of all if none does.
 
     Returns:
         The matches, in the order of their results: all that a match reads from other matches comes before it.
@@ -84,14 +87,20 @@ def find_matches(
     for node in graph.nodes:
         if node in taken or node.op not in ("call_function", "call_method", "call_module"):
             continue
-        for keys, config in table.candidates(anchor_key(node, module_types)):
-            chain = _follow(node, keys, module_types, taken)
-            if chain is None or not (config.condition is None or config.condition.test(node)):
-                continue
-            clamps = _absorbable(chain, taken, may_absorb) if _observes_output(config) else []
-            matches.append(Match((*chain, *clamps), len(clamps) + _trailing_clamps(chain, config), config))
-            taken.update(matches[-1].nodes)
-            break
+        fitting = [
+            (chain, config)
+            for keys, config in table.candidates(anchor_key(node, module_types))
+            if (chain := _follow(node, keys, module_types, taken)) is not None
+            and (config.condition is None or config.condition.test(node))
+        ]
+        if not fitting:
+            continue
+        chain, config = fitting[0]
+        if len(fitting) > 1:
+            chain, config = next((item for item in fitting if accepts(node, item[1])), fitting[0])
+        clamps = _absorbable(chain, taken, may_absorb) if _observes_output(config) else []
+        matches.append(Match((*chain, *clamps), len(clamps) + _trailing_clamps(chain, config), config))
+        taken.update(matches[-1].nodes)
     matches.sort(key=lambda match: position[match.result])
     return matches
 

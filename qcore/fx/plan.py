@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from qcore.backend_config import BackendConfig, DTypeConfig, ObservationType
+from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, ObservationType
 from qcore.dtypes import dtype_name
 from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, scale_bounds, violation
 from qcore.fx.costs import multiply_adds, weight_count
@@ -123,7 +123,7 @@ class _Planner:
         self.traits = traits
         self.backend_name = backend_name
         self.config = backend_config
-        self.accepts = backend_config.name or backend_name
+        self.name = backend_config.name or backend_name
         self.values = _Values()
         self.module_types: dict[str, type[nn.Module]] = {
             str(node.target): type(traced.get_submodule(str(node.target)))
@@ -139,7 +139,8 @@ class _Planner:
         self.absorbed: dict[str, str] = {}
 
     def run(self) -> tuple[QuantizationPlan, list[Refusal]]:
-        matches = find_matches(self.traced.graph, PatternTable(self.config), self.module_types, self.may_absorb)
+        table = PatternTable(self.config)
+        matches = find_matches(self.traced.graph, table, self.module_types, self.may_absorb, self.accepts_qconfig)
         self.match_of = {node: match for match in matches for node in match.nodes}
         self.guess(matches)
         for match in matches:
@@ -159,6 +160,14 @@ class _Planner:
         resolution = self.resolution(clamp)
         return resolution.qconfig is not None or not resolution.rule or self.resolution(anchor).qconfig is None
 
+    def accepts_qconfig(self, anchor: fx.Node, config: BackendPatternConfig) -> bool:
+        """Whether a pattern takes the qconfig that its first operator is asked to have."""
+        qconfig = self.resolution(anchor).qconfig
+        if qconfig is None:
+            return True
+        match = Match((anchor,), 0, config)
+        return any(self.refusal(match, qconfig, dtype_config) is None for dtype_config in config.dtype_configs)
+
     @staticmethod
     def counts(node: fx.Node) -> bool:
         """Whether a node is an operator on float tensors, of which a plan must give account."""
@@ -166,7 +175,7 @@ class _Planner:
 
     def leave_float(self, node: fx.Node) -> None:
         resolution = self.resolution(node)
-        reason = f"{self.accepts} has no pattern for it"
+        reason = f"{self.name} has no pattern for it"
         if resolution.rule and resolution.qconfig is None:
             reason = f"rule {resolution.rule} says float"
         decision = Decision(
@@ -240,7 +249,7 @@ class _Planner:
                 return (reason, False, None) if reason else ("", False, dtype_config)
             if refusal not in refusals:
                 refusals.append(refusal)
-        return f"{self.accepts} doesn't accept its qconfig: {'; '.join(refusals)}", True, None
+        return f"{self.name} doesn't accept its qconfig: {'; '.join(refusals)}", True, None
 
     def weight_problem(self, match: Match) -> str:
         op = operator_of(match.anchor)

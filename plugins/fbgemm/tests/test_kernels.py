@@ -87,7 +87,11 @@ def test_names_of_kernels_say_what_they_compute():
     names = {decision.operators[0]: decision.kernel for decision in qcore.explain(converted).quantized}
     title = BACKEND.upper()
     # The ReLU is the lower end of the convolution's range.
-    assert names == {"conv2d": f"{title} conv2d", "flatten": "integers as they are", "linear": f"{title} linear, to float"}
+    assert names == {
+        "conv2d": f"{title} conv2d",
+        "flatten": "integers as they are",
+        "linear": f"{title} linear, to float",
+    }
 
 
 def test_a_relu_in_the_middle_of_a_range_is_the_kernels():
