@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from qcore.backend_config import BackendConfig
 from qcore.errors import (
@@ -15,6 +15,7 @@ from qcore.errors import (
     ConfigError,
     NothingToQuantizeError,
     NotSupportedError,
+    TraceError,
     TrainingModeError,
     UnsupportedQConfigError,
     UnsupportedQConfigWarning,
@@ -48,6 +49,8 @@ def prepare_fx(
     *,
     backend: str | None = None,
     on_unsupported: OnUnsupported = "warn",
+    concrete_args: dict[str, Any] | None = None,
+    tracer: fx.Tracer | None = None,
 ) -> nn.Module:
     """Make a copy of a float model with observers in it, ready for calibration.
 
@@ -63,6 +66,9 @@ def prepare_fx(
             else the backend whose default mapping this is; else the best installed one that this machine supports.
         on_unsupported: what to do about a qconfig that the backend doesn't accept: raise, warn, or say so only in
             ``explain(prepared)``. The operator stays float.
+        concrete_args: arguments by name to settle, as ``fx.Tracer.trace`` takes them; whatever isn't a tensor among the
+            example inputs is settled anyway.
+        tracer: traces the model in the place of qcore's own tracer; what it keeps whole stays whole.
 
     Returns:
         A model that computes what ``model`` does, and watches: a GraphModule if the model could be traced whole, else
@@ -99,6 +105,10 @@ def prepare_fx(
         raise ConfigError(problems)
 
     args, kwargs = _call(example_inputs)
+    kwargs = {**kwargs, **(concrete_args or {})}
+    if tracer is not None:
+        model = _traced_by(tracer, model, concrete_args)
+        kwargs = {name: value for name, value in kwargs.items() if name not in (concrete_args or {})}
     with comparable():
         expected = run_model(model, args, kwargs)
     with comparable():
@@ -481,6 +491,21 @@ def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs
     return inputs, {}
+
+
+def _traced_by(tracer: fx.Tracer, model: nn.Module, concrete_args: dict[str, Any] | None) -> fx.GraphModule:
+    try:
+        graph = tracer.trace(model, concrete_args)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TraceError(
+            f"{type(tracer).__name__} can't trace {type(model).__name__}: {reason}. Leave tracer=... out: qcore's own "
+            "traces more, and prepares in parts what can't be traced",
+            "", None, reason,
+        ) from error  # fmt: skip
+    made = fx.GraphModule(model, graph)
+    made.train(model.training)
+    return made
 
 
 def _nothing_to_quantize(

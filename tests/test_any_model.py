@@ -489,6 +489,56 @@ def test_a_ready_graph_module_is_accepted_with_what_its_tracer_kept_whole():
     assert [d.operators for d in plan.floating][:1] == [("Scaled2",)]
 
 
+class KeepsBlocks(torch.fx.Tracer):
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, Scaled) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_tracer_of_the_user_s_own():
+    model = nn.Sequential(nn.Linear(4, 4), Scaled2())
+    plan = qcore.explain(prepared_for(model, (torch.randn(2, 4),), tracer=KeepsBlocks()))
+    assert {d.path for d in plan.quantized} == {"0"}
+    with pytest.raises(errors.TraceError, match="KeepsBlocks can't trace Encoder: .* Leave tracer=... out"):
+        prepared_for(Encoder(), (torch.randint(0, 10, (2, 5)),), tracer=KeepsBlocks())
+
+
+def test_concrete_arguments_are_settled():
+    x = torch.randn(2, 5, 16)
+    prepared = prepared_for(Attention(), (x,), concrete_args={"flag": False})
+    assert sum(d.weights for d in qcore.explain(prepared).quantized) == 16 * 48
+    with pytest.raises(errors.GuardError, match="argument flag was False"):
+        prepared(x)
+    prepared(x, flag=False)
+
+
+class Convolves(nn.Module):
+    """Functional convolutions of every rank, with words for padding, without bias, without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4, *[3] * n)) for n in (1, 2, 3)])
+
+    def forward(self, x):
+        for n, weight in enumerate(self.weights):
+            x = (F.conv1d, F.conv2d, F.conv3d)[n](x, weight, padding="same", stride=1)
+            x = F.relu(x).unsqueeze(-1)
+        return x
+
+
+@torch.no_grad()
+def test_functional_convolutions_with_words_for_padding(installed_backend):
+    torch.manual_seed(0)
+    model, x = Convolves(), torch.randn(4, 9)
+    prepared = prepared_for(model, (x,), backend=installed_backend)
+    for _ in range(3):
+        prepared(torch.randn(4, 9))
+    prepared(x)
+    plan = qcore.explain(prepared)
+    assert [d.operators[0] for d in plan.quantized if d.weights] == ["conv1d", "conv2d", "conv3d"]
+    expected = model(x)
+    assert (qcore.convert_fx(prepared)(x) - expected).norm() < 0.1 * expected.norm()
+
+
 class Scaled2(Scaled):
     def forward(self, x):
         return super().forward(x, 2.0)
