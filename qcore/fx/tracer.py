@@ -30,6 +30,7 @@ from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, chec
 from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -207,7 +208,12 @@ class NormalFormTracer(ExampleTracer):
 
     def create_arg(self, a: Any) -> Any:
         """An argument as the graph holds it; a tensor by its path, which fx would search the whole model for."""
-        if issubclass(type(a), fx.Proxy):
+        kind = type(a)
+        if kind in _PLAIN:  # fx looks long at each of the numbers that make up most arguments.
+            return a
+        if kind is tuple or kind is list:
+            return kind([self.create_arg(item) for item in a])
+        if issubclass(kind, fx.Proxy):
             return a.node
         if isinstance(a, torch.Tensor):
             if id(a) in self._tensor_paths:

@@ -97,6 +97,12 @@ def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
     return merged.view(out, number * width, *kernel)
 
 
+with warnings.catch_warnings():
+    # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
+    warnings.simplefilter("ignore")
+    torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
+
+
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """A quantized tensor on the storage of a plain one."""
     shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE)

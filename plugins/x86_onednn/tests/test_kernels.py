@@ -320,3 +320,17 @@ def test_neither_importing_nor_converting_warns():
         "qcore.convert_fx(p)(x)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_warning_about_quantized_dtypes_reaches_the_user():
+    # torch warns once in a process, so it takes a fresh one.
+    script = """
+import torch, qcore
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU6())
+x = torch.randn(1, 3, 6, 6)
+prepared = qcore.prepare_fx(model.eval(), qcore.get_default_qconfig_mapping("x86_onednn"), (x,))
+prepared(x)
+qcore.convert_fx(prepared)(x)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
