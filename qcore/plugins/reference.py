@@ -7,8 +7,9 @@ prepares, calibrates and runs. It goes through the same hooks as any plugin.
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
-from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints
+from qcore.backend_config import BackendConfig, BackendPatternConfig, Condition, DTypeConfig, DTypeWithConstraints
 from qcore.fx import operators as op
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, FusionPattern
 from qcore.fx.sharing import sharing_patterns
@@ -21,6 +22,22 @@ _OWN_OUTPUT = (
     *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU, op.INTERPOLATE,
 )  # fmt: skip
 _ONE_SIDED_FIXED = (op.SIGMOID, op.HARDSIGMOID, op.SOFTMAX)
+
+
+def _is_read_by_an_operator(node: fx.Node) -> bool:
+    readers = list(node.users)
+    while readers:
+        reader = readers.pop()
+        operator = op.operator_of(reader)
+        if operator is not None and operator.kind is not op.Kind.COMPUTE:
+            readers.extend(reader.users)
+        elif reader.op != "output":
+            return True
+    return False
+
+
+#: What an operator reads as float isn't rounded; what only the model's caller reads is, as by any kernel.
+READ_BY_AN_OPERATOR = Condition("read by an operator", _is_read_by_an_operator)
 
 
 @hookimpl
@@ -45,9 +62,12 @@ def qcore_backend_config() -> BackendConfig:
     # The range of the input is taken at run time, or only the weight is quantized.
     dynamic = DTypeConfig(output_dtype=torch.float32, is_dynamic=True)
     weight_only = DTypeConfig(torch.float32, torch.float32)
+    gives_float = DTypeConfig(output_dtype=torch.float32)
     for operator in (*op.CONV, *op.CONV_TRANSPOSE, op.LINEAR):
         pattern = BackendPatternConfig(operator).set_dtype_configs([dynamic, weight_only, anything])
         config.set_backend_pattern_config(pattern)
+        read = BackendPatternConfig(operator).set_condition(READ_BY_AN_OPERATOR)
+        config.set_backend_pattern_config(read.set_dtype_configs([dynamic, weight_only, gives_float, anything]))
     config.set_backend_pattern_configs(sharing_patterns(anything))
     for operator in _ONE_SIDED_FIXED:
         config.set_backend_pattern_config(
