@@ -24,7 +24,15 @@ from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.expand import expand
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
-from qcore.fx.graph_module import PARTIAL, FloatFallback, PartialPreparation, Preparation, QGraphModule
+from qcore.fx.graph_module import (
+    PARTIAL,
+    FloatFallback,
+    PartialPreparation,
+    Preparation,
+    QGraphModule,
+    own_modules,
+    own_tensors,
+)
 from qcore.fx.observe import observe
 from qcore.fx.parts import Part, comparable, copy_of, find_parts, plain_attributes, replace_modules
 from qcore.fx.plan import Refusal, make_plan
@@ -167,10 +175,15 @@ class _Preparer:
     def prepare(self, part: Part) -> QGraphModule:
         graph = part.graph
         before = set(graph.graph.nodes)
+        memo: dict[int, Any] = {}
+        if not part.path:  # A part of a model that stays Python shares what is a copy already.
+            own_modules(graph, part.module, memo)
         expand(graph)
         fuse(graph, self.backend.fusion_patterns())
         if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
             propagate_examples(graph, part.examples)
+        if not part.path:
+            own_tensors(graph, part.module, memo)
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend.name, self.config)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan

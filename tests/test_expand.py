@@ -31,7 +31,13 @@ class Attends(nn.Module):
 
 
 def agree(model, x):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepared = prepared_for(model, (x,))
+    assert {name: tensor.tolist() for name, tensor in model.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in state.items()
+    }
+    mine = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not mine & {tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())}
     assert isinstance(prepared, QGraphModule)
     with torch.no_grad():
         expected, found = model(x), prepared(x)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
@@ -147,7 +147,7 @@ def _exists(module: nn.Module, target: str) -> bool:
 
 def _delete(module: nn.Module, target: str) -> None:
     owner, _, name = target.rpartition(".")
-    delattr(module.get_submodule(owner), name)
+    delattr(submodule(module, owner), name)
 
 
 #: Folding of batch norms; what a backend's ``qcore_fusion_patterns`` usually returns, alone or with its own.

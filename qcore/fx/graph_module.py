@@ -233,26 +233,66 @@ def _thaw(
     return module
 
 
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path; many times faster than ``get_submodule``, which matters with thousands of them."""
+    for step in path.split(".") if path else ():
+        found = module._modules.get(step)
+        module = getattr(module, step) if found is None else found
+    return module
+
+
 def get_attribute(module: nn.Module, target: str) -> Any:
     """The attribute at a dotted path."""
-    owner, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+    owner_path, _, name = target.rpartition(".")
+    owner = submodule(module, owner_path)
+    registered = owner._parameters.get(name, owner._buffers.get(name))
+    return getattr(owner, name) if registered is None else registered
+
+
+def place_for(module: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, made with the modules on the way where they are missing."""
+    for step in path.split(".") if path else ():
+        found = module._modules.get(step)
+        if found is None:
+            found = module._modules[step] = nn.Module()
+        module = found
+    return module
 
 
 def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     """Put a tensor at a dotted path, as a buffer unless it is a Parameter; makes the modules on the way."""
     owner_path, _, name = target.rpartition(".")
-    owner = module
-    for step in owner_path.split(".") if owner_path else ():
-        if step not in owner._modules:
-            owner.add_module(step, nn.Module())
-        owner = owner.get_submodule(step)
-    if name in owner._parameters or name in owner._buffers:
-        delattr(owner, name)
+    owner = place_for(module, owner_path)
+    owner._parameters.pop(name, None)
+    owner._buffers.pop(name, None)
     if isinstance(value, nn.Parameter):
-        owner.register_parameter(name, value)
+        owner._parameters[name] = value
     else:
-        owner.register_buffer(name, value)
+        owner._buffers[name] = value
+
+
+def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
+    """Replace modules that ``module`` shares with another, which it calls whole, by copies."""
+    theirs = {id(other) for other in foreign.modules()}
+    pending = [module]
+    while pending:
+        owner = pending.pop()
+        for name, inner in owner._modules.items():
+            if id(inner) in theirs:
+                owner._modules[name] = copy.deepcopy(inner, memo)
+            elif inner is not None:
+                pending.append(inner)
+
+
+def own_tensors(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
+    """Replace tensors that ``module`` shares with another by copies; those that a pass replaced are its own already."""
+    theirs = {id(tensor) for tensor in (*foreign.parameters(), *foreign.buffers())}
+    for owner in module.modules():
+        registries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for registry in registries:
+            for name, tensor in registry.items():
+                if id(tensor) in theirs:
+                    registry[name] = copy.deepcopy(tensor, memo)
 
 
 def free_name(taken: Mapping[str, Any] | set[str], wanted: str, counter: dict[str, int]) -> str:

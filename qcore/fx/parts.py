@@ -88,7 +88,7 @@ def find_parts(
         with same_random_numbers():
             signature = CallSignature.of(model, args, kwargs, type(model).__name__)
             examples = signature.bind(args, kwargs)
-            graph = trace(model, leaf_names, leaf_classes, signature, examples)
+            graph = trace(model, leaf_names, leaf_classes, signature, examples, copies=False)
         with same_random_numbers():
             problem = difference(expected, propagate_examples(graph, examples))
         if not problem:

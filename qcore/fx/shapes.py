@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qcore.errors import ExampleInputsError
+from qcore.fx.graph_module import get_attribute, submodule
 from qcore.fx.signature import SignatureCodeGen
 
 
@@ -26,14 +27,6 @@ class Example:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-class _Recorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            n.meta["example"] = Example(tuple(value.shape), value.dtype)
-        return value
 
 
 def run_model(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -60,8 +53,36 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
     Returns:
         What the module's forward would return.
     """
+    nodes = list(traced.graph.nodes)
+    last_reader = {source: node for node in nodes for source in node.all_input_nodes}
+    done_after: dict[fx.Node, list[fx.Node]] = {}
+    for source, reader in last_reader.items():
+        done_after.setdefault(reader, []).append(source)
+    values: dict[fx.Node, Any] = {}
+    given = iter(copied(tensors))
+    outputs: Any = None
+    # A loop of our own: fx.Interpreter takes longer than most operators for what it notes at each node.
     with torch.no_grad():
-        outputs = _Recorder(traced).run(*copied(tensors), enable_io_processing=False)
+        for node in nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            target: Any = node.target
+            if node.op == "placeholder":
+                value = next(given)
+            elif node.op == "get_attr":
+                value = get_attribute(traced, target)
+            elif node.op == "call_method":
+                value = getattr(args[0], target)(*args[1:], **kwargs)
+            elif node.op == "output":
+                outputs = args[0]
+                break
+            else:
+                function = submodule(traced, target) if node.op == "call_module" else target
+                value = function(*args, **kwargs)
+            values[node] = value
+            if isinstance(value, Tensor):
+                node.meta["example"] = Example(tuple(value.shape), value.dtype)
+            for source in done_after.get(node, ()):
+                del values[source]
     codegen = traced.graph._codegen
     return codegen.process_outputs(outputs) if isinstance(codegen, SignatureCodeGen) else outputs
 

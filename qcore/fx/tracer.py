@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
-from qcore.fx.graph_module import QGraphModule
+from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
 from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
@@ -409,15 +409,10 @@ class _Root(nn.Module):
         for op in ("call_module", "get_attr"):
             for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == op):
                 owner_path, _, name = target.rpartition(".")
-                owner: Any = model.get_submodule(owner_path)
-                value = constants[target] if target in constants else getattr(owner, name)
-                place: nn.Module = self
-                for step in owner_path.split(".") if owner_path else ():
-                    if step not in place._modules:
-                        place.add_module(step, nn.Module())
-                    place = place.get_submodule(step)
+                value = constants[target] if target in constants else get_attribute(model, target)
+                place = place_for(self, owner_path)
                 own = copy.deepcopy(value, memo) if copies else value
-                if hasattr(place, name):
+                if name in place._parameters or name in place._buffers or name in place._modules:
                     continue
                 # Straight into the registries: a module's __setattr__ costs more than all else here.
                 registry: dict[str, Any] = place._buffers
