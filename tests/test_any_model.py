@@ -472,6 +472,37 @@ def test_shares_of_multiply_adds_and_weights():
     assert "(88% of multiply-adds, 91% of weights)" in plan.summary()
 
 
+@torch.no_grad()
+def test_modules_of_what_is_opened_late_are_tried_at_every_call():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Scaled(), nn.Linear(4, 4)
+
+        def forward(self, x, scale):
+            return self.second(self.first(x, scale))
+
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            y = self.inner(x, 1.0)
+            return self.inner(y, 2.0) if y.sum() > -1e9 else y
+
+    torch.manual_seed(0)
+    model, x = Loose(), torch.randn(2, 4)
+    prepared = prepared_for(model, (x,))
+    plan = qcore.explain(prepared)
+    assert plan.parts == ("inner.first.linear", "inner.second")
+    assert {module.path: module.reason for module in plan.python if module.path} == {
+        "inner": "it is called in several forms", "inner.first": "it is called in several forms",
+    }  # fmt: skip
+    assert torch.allclose(prepared(x), model(x), atol=1e-6)
+    close(qcore.convert_fx(prepared)(x), model(x))
+
+
 def test_a_model_that_is_one_known_module():
     prepared = prepared_for(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert [d.operators for d in qcore.explain(prepared).quantized] == [("linear",)]

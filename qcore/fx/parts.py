@@ -102,7 +102,8 @@ def find_parts(
         finder = _Finder(own, leaf_names, leaf_classes, closed)
         with same_random_numbers():
             finder.run(args, kwargs)
-        news = _misfits(own, finder.parts, args, kwargs, expected)
+        # What was opened at a later call than its first kept its own modules from being tried at the first.
+        news = finder.opened_late or _misfits(own, finder.parts, args, kwargs, expected)
         if not news:
             break
         closed.update(news)
@@ -148,6 +149,7 @@ class _Finder:
         self.parts: dict[str, Part] = {}
         self.python: dict[str, PythonModule] = {}
         self.calls: Counter[tuple[str, ObjectType]] = Counter()
+        self.opened_late: dict[str, str] = {}
         self.is_inside = False
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,7 +181,8 @@ class _Finder:
                 if not problem:
                     return expected
                 reason = PythonModule(path, type(module).__name__, f"replayed on the example inputs, {problem}")
-            self.parts.pop(path, None)
+            if self.parts.pop(path, None) is not None:
+                self.opened_late[path] = reason.reason
             self.python[path] = reason
             return forward(*given[0], **given[1])  # Its own modules are tried in this run.
 
