@@ -503,6 +503,40 @@ def test_modules_of_what_is_opened_late_are_tried_at_every_call():
     close(qcore.convert_fx(prepared)(x), model(x))
 
 
+def test_what_is_settled_deep_in_a_model_needs_no_deep_recursion():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            for _ in range(1500):
+                x = x + 1
+            return self.linear(x) if x.shape[0] < 9 else x
+
+    prepared = prepared_for(Deep(), (torch.randn(2, 4),))
+    assert isinstance(prepared, QGraphModule)
+    with pytest.raises(errors.GuardError, match=r"size\(0\)"):
+        prepared(torch.randn(9, 4))
+
+
+def test_tensors_that_are_no_parameters_and_no_buffers_are_copied_too():
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.plain, self.listed = torch.ones(4), [torch.ones(4)]
+
+        def forward(self, x):
+            return self.linear(x + self.plain + self.listed[0])
+
+    model = Holds()
+    prepared = prepared_for(model, (torch.randn(2, 4),))
+    theirs = {tensor.data_ptr() for tensor in (model.plain, model.listed[0], *model.parameters())}
+    mine = {tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())}
+    assert len(mine) > 3 and not mine & theirs
+
+
 def test_a_model_that_is_one_known_module():
     prepared = prepared_for(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert [d.operators for d in qcore.explain(prepared).quantized] == [("linear",)]

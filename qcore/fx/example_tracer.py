@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import fx
 
+from qcore.fx.graph_module import computed
 from qcore.fx.signature import check_size
 from qcore.fx.values import Value, values_in
 
@@ -49,6 +50,7 @@ class ExampleTracer(fx.Tracer):
         self._known: dict[fx.Node, Any] = {}
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
         self._settled: set[fx.Node] = set()
+        self._from_inputs: set[fx.Node] = set()
         self._asked: list[tuple[fx.Node, Any, tuple[int, int]]] = []
         self._rank_was_read = False
 
@@ -59,6 +61,8 @@ class ExampleTracer(fx.Tracer):
     def note(self, node: fx.Node) -> None:
         """A node was added at the end of the graph."""
         self._order.append(node)
+        if node.op == "placeholder" or not self._from_inputs.isdisjoint(node.all_input_nodes):
+            self._from_inputs.add(node)
 
     def overwrite(self, value: Value, by: fx.Proxy) -> None:
         """From here on, whoever reads ``value`` reads ``by``."""
@@ -90,15 +94,9 @@ class ExampleTracer(fx.Tracer):
         if node.op == "placeholder":
             assert self._examples is not None
             return self._examples[len(self._known)].clone()
-        if node.op == "get_attr":
-            if target in self.constants:
-                return self.constants[target]
-            owner, _, name = target.rpartition(".")
-            return getattr(self.root.get_submodule(owner), name)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        function = self.root.get_submodule(target) if node.op == "call_module" else target
-        return function(*args, **kwargs)
+        if node.op == "get_attr" and target in self.constants:
+            return self.constants[target]
+        return computed(node, args, kwargs, self.root)
 
     def isinstance(self, value: Any, classes: Any) -> bool:
         """``isinstance`` as a traced forward means it: about what a value stands for.
@@ -175,14 +173,11 @@ class ExampleTracer(fx.Tracer):
         self._asked = [item for item in self._asked if item[2] != asked_at]
 
     def _settle(self, node: fx.Node, value: Any) -> None:
-        if node in self._settled or not self._depends_on_inputs(node):
+        if node in self._settled or node not in self._from_inputs:
             return
         self._settled.add(node)
         with self.graph.inserting_after(node):
             self.graph.create_node("call_function", check_size, (node, value, _described(node)))
-
-    def _depends_on_inputs(self, node: fx.Node) -> bool:
-        return node.op == "placeholder" or any(self._depends_on_inputs(source) for source in node.all_input_nodes)
 
     def _depends_on_data(self, node: fx.Node) -> bool:
         pending, seen = [node], {node}
@@ -205,7 +200,7 @@ class ExampleTracer(fx.Tracer):
             self._settle(node, value)
         if self._rank_was_read:
             for node in [node for node in self._known if node.op == "placeholder"]:
-                self._settle(self.graph.create_node("call_method", "dim", (node,)), self._known[node].dim())
+                self._settle(self.create_node("call_method", "dim", (node,), {}), self._known[node].dim())
 
 
 class Sizes(tuple[Any, ...]):

@@ -249,6 +249,26 @@ def get_attribute(module: nn.Module, target: str) -> Any:
     return getattr(owner, name) if registered is None else registered
 
 
+def has_attribute(module: nn.Module, target: str) -> bool:
+    """Whether there is an attribute at a dotted path."""
+    try:
+        get_attribute(module, target)
+    except AttributeError:
+        return False
+    return True
+
+
+def computed(node: fx.Node, args: Any, kwargs: Any, root: nn.Module) -> Any:
+    """What a node gives for these arguments; not for placeholders and outputs."""
+    target: Any = node.target
+    if node.op == "get_attr":
+        return get_attribute(root, target)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    function = submodule(root, target) if node.op == "call_module" else target
+    return function(*args, **kwargs)
+
+
 def place_for(module: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path, made with the modules on the way where they are missing."""
     for step in path.split(".") if path else ():
@@ -287,6 +307,8 @@ def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> 
 def own_tensors(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
     """Replace tensors that ``module`` shares with another by copies; those that a pass replaced are its own already."""
     theirs = {id(tensor) for tensor in (*foreign.parameters(), *foreign.buffers())}
+    for other in foreign.modules():  # A tensor may as well be a plain attribute.
+        theirs.update(id(value) for value in vars(other).values() if isinstance(value, torch.Tensor))
     for owner in module.modules():
         registries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for registry in registries:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qcore.errors import ExampleInputsError
-from qcore.fx.graph_module import get_attribute, submodule
+from qcore.fx.graph_module import computed
 from qcore.fx.signature import SignatureCodeGen
 
 
@@ -65,19 +65,10 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
     with torch.no_grad():
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            target: Any = node.target
-            if node.op == "placeholder":
-                value = next(given)
-            elif node.op == "get_attr":
-                value = get_attribute(traced, target)
-            elif node.op == "call_method":
-                value = getattr(args[0], target)(*args[1:], **kwargs)
-            elif node.op == "output":
+            if node.op == "output":
                 outputs = args[0]
                 break
-            else:
-                function = submodule(traced, target) if node.op == "call_module" else target
-                value = function(*args, **kwargs)
+            value = next(given) if node.op == "placeholder" else computed(node, args, kwargs, traced)
             values[node] = value
             if isinstance(value, Tensor):
                 node.meta["example"] = Example(tuple(value.shape), value.dtype)

@@ -221,7 +221,7 @@ class NormalFormTracer(ExampleTracer):
             if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
                 # A tensor that the forward made; fx would leave it on the user's model.
                 name = f"_tensor_constant{len(self.constants)}"
-                self.constants[name] = a.detach()
+                self.constants[name] = a.detach().clone()  # It may be the user's, from a list of theirs.
                 self._tensor_paths[id(a)] = name
                 return self._tensor(name).node
         return super().create_arg(a)
