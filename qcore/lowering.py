@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
 from qcore.fx.tracer import is_impure
 
@@ -133,7 +133,7 @@ class LoweringRule:
 class KernelModule(nn.Module):
     """Base for kernels: plain tensors as state, and what is derived from them made when first needed.
 
-    A subclass registers buffers and defines ``pack``, whose result ``forward`` gets from ``self.packed()``. What is
+    A subclass registers buffers and defines ``pack``, which gives the function that ``forward`` calls. What is
     packed (a kernel's own weight format, Python numbers) is never copied, pickled or saved; it is made anew after
     ``load_state_dict``, ``deepcopy``, unpickling and ``to``.
     """
@@ -152,8 +152,13 @@ class KernelModule(nn.Module):
         return float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point"))
 
     def pack(self) -> Any:
-        """Whatever ``forward`` needs and can be made from the buffers."""
+        """The function to call, with all that can be made from the buffers bound to it."""
         raise NotImplementedError(f"{type(self).__name__} must define pack")
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the packed function gives."""
+        run: Callable[..., Tensor] = self._packed or self.packed()
+        return run(*inputs)
 
     def packed(self) -> Any:
         """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
@@ -172,6 +177,29 @@ class KernelModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._packed = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class WeightKernel(KernelModule):
+    """Base for kernels with a weight of int8 around zero: its state.
+
+    Args:
+        weight: symmetric; its scale is kept per channel.
+        bias: float32.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
+        self.register_buffer("bias", bias)
+
+    def extra_repr(self) -> str:
+        """The weight's shape."""
+        return f"weight={tuple(self.weight.shape)}"
 
 
 class FloatKernel(nn.Module):
@@ -511,12 +539,7 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op == "call_module" and node.target not in self.root._modules:
                 owner, _, name = str(node.target).rpartition(".")
-                place = self.root
-                for step in owner.split(".") if owner else ():
-                    if step not in place._modules:
-                        place.add_module(step, nn.Module())
-                    place = place.get_submodule(step)
-                place.add_module(name, self.reference.get_submodule(str(node.target)))
+                place_for(self.root, owner).add_module(name, submodule(self.reference, str(node.target)))
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 set_tensor(self.root, str(node.target), get_attribute(self.reference, str(node.target)))

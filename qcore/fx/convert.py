@@ -13,7 +13,15 @@ from torch import Tensor, fx, nn
 
 from qcore import ops
 from qcore.errors import CalibrationError, CalibrationWarning, ConfigError
-from qcore.fx.graph_module import Preparation, QGraphModule, get_attribute, set_tensor
+from qcore.fx.graph_module import (
+    Preparation,
+    QGraphModule,
+    get_attribute,
+    has_attribute,
+    place_for,
+    set_tensor,
+    submodule,
+)
 from qcore.fx.observe import make_observer, observer_nodes
 from qcore.fx.operators import activation_inputs, operator_of
 from qcore.fx.tracer import is_impure
@@ -242,7 +250,7 @@ class _Conversion:
     def is_taken(self, stem: str, number: int) -> bool:
         """Whether a name for integers, or one for their qparams, belongs to something else already."""
         others = [f"{stem}_scale", f"{stem}_zero_point", *([stem] if number else [])]
-        return _has(self.root, stem) or any(_has(self.prepared, name) for name in others)
+        return has_attribute(self.root, stem) or any(has_attribute(self.prepared, name) for name in others)
 
     def is_read_as_float(self, source: fx.Node) -> bool:
         owner, _, _ = str(source.target).rpartition(".")
@@ -253,29 +261,13 @@ class _Conversion:
     def take_modules(self) -> None:
         """Copy the modules that the graph calls, before anything takes their place."""
         for target in sorted(self.called):
-            _add_module(self.root, target, copy.deepcopy(self.prepared.get_submodule(target), self.memo))
+            owner, _, name = target.rpartition(".")
+            module = copy.deepcopy(submodule(self.prepared, target), self.memo)
+            place_for(self.root, owner).add_module(name, module)
 
     def take_attributes(self) -> None:
         """Copy what the graph still reads from the prepared model."""
         for node in self.graph.nodes:
-            if node.op == "get_attr" and not _has(self.root, str(node.target)):
+            if node.op == "get_attr" and not has_attribute(self.root, str(node.target)):
                 value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), self.memo)
                 set_tensor(self.root, str(node.target), value)
-
-
-def _has(root: nn.Module, target: str) -> bool:
-    try:
-        get_attribute(root, target)
-    except AttributeError:
-        return False
-    return True
-
-
-def _add_module(root: nn.Module, target: str, value: nn.Module) -> None:
-    owner_path, _, name = target.rpartition(".")
-    owner = root
-    for step in owner_path.split(".") if owner_path else ():
-        if step not in owner._modules:
-            owner.add_module(step, nn.Module())
-        owner = owner.get_submodule(step)
-    owner.add_module(name, value)

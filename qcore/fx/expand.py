@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.graph_module import QGraphModule, get_attribute, has_attribute, set_tensor
 from qcore.fx.operators import CHUNK, LINEAR, MATMUL, RESHAPE, SOFTMAX, TRANSPOSE, operator_of
 from qcore.fx.shapes import Example
 from qcore.fx.tracer import is_impure
@@ -248,19 +248,11 @@ _ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn
 
 def _new_tensor(module: QGraphModule, node: fx.Node, target: str, value: Tensor) -> fx.Node:
     number, wanted = 0, target
-    while _exists(module, target):
+    while has_attribute(module, target):
         number += 1
         target = f"{wanted}_{number}"
     set_tensor(module, target, value)
     return _Builder(module, node).attribute(target)
-
-
-def _exists(module: nn.Module, target: str) -> bool:
-    try:
-        get_attribute(module, target)
-    except AttributeError:
-        return False
-    return True
 
 
 def _drop_unread_tensors(module: QGraphModule) -> None:

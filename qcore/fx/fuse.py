@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor, submodule
+from qcore.fx.graph_module import QGraphModule, get_attribute, has_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
@@ -124,10 +124,10 @@ def _per_output_channel(factor: Tensor, weight: Tensor, transposed: bool, groups
 
 def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, value: Tensor) -> fx.Node:
     """A ``get_attr`` of ``value``: in the place of the old tensor, or beside it if others read that one, too."""
-    is_taken = len(old.users) > 1 if isinstance(old, fx.Node) else _exists(module, target)
+    is_taken = len(old.users) > 1 if isinstance(old, fx.Node) else has_attribute(module, target)
     if is_taken:
         number = 1
-        while _exists(module, f"{target}_folded_{number}"):
+        while has_attribute(module, f"{target}_folded_{number}"):
             number += 1
         target = f"{target}_folded_{number}"
     set_tensor(module, target, nn.Parameter(value, requires_grad=value.requires_grad))
@@ -135,14 +135,6 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
         node = module.graph.create_node("get_attr", target)
     node.meta["example"] = Example(tuple(value.shape), value.dtype)
     return node
-
-
-def _exists(module: nn.Module, target: str) -> bool:
-    try:
-        get_attribute(module, target)
-    except AttributeError:
-        return False
-    return True
 
 
 def _delete(module: nn.Module, target: str) -> None:

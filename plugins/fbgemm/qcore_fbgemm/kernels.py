@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcore.lowering import KernelModule, QParams, QuantizedWeight
+from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
@@ -57,16 +57,7 @@ def _as_plain(x: Tensor) -> Tensor:
     return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
-class _Kernel(KernelModule):
-    """A kernel whose ``pack`` gives the function to call."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The result as a quantized tensor."""
-        run: Callable[..., Tensor] = self._packed or self.packed()
-        return run(*inputs)
-
-
-class Quantize(_Kernel):
+class Quantize(KernelModule):
     """Float to quantized.
 
     Args:
@@ -89,7 +80,7 @@ class Quantize(_Kernel):
         return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
 
 
-class Dequantize(_Kernel):
+class Dequantize(KernelModule):
     """Quantized to float.
 
     Args:
@@ -106,7 +97,7 @@ class Dequantize(_Kernel):
         return torch.dequantize
 
 
-class _Weighted(_Kernel):
+class _Weighted(KernelModule):
     """What convolution and linear kernels have in common: the state.
 
     Args:
@@ -261,7 +252,7 @@ class QLinear(_Weighted):
         return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
-class QLinearToFloat(KernelModule):
+class QLinearToFloat(WeightKernel):
     """A linear layer from integers to float.
 
     Args:
@@ -271,15 +262,9 @@ class QLinearToFloat(KernelModule):
     """
 
     kernel_name = "FBGEMM linear, to float"
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, input: QParams) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.values)
-        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
-        self.register_buffer("bias", bias)
+        super().__init__(weight, bias)
         self.add_qparams("input", input)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
@@ -292,13 +277,8 @@ class QLinearToFloat(KernelModule):
         scale, zero_point = self.qparams("input")
         return _with_batch(lambda x: kernel(x.dequantize(), scale, zero_point, packed), 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result as float."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
 
-
-class QDynamicLinear(KernelModule):
+class QDynamicLinear(WeightKernel):
     """A linear layer from float to float, that takes the range of each input as it comes.
 
     Args:
@@ -307,16 +287,6 @@ class QDynamicLinear(KernelModule):
     """
 
     kernel_name = "FBGEMM linear, range at run time"
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.values)
-        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
-        self.register_buffer("bias", bias)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -327,13 +297,8 @@ class QDynamicLinear(KernelModule):
         kernel = _LIBRARY.linear_dynamic.default
         return _with_batch(lambda x: kernel(x, packed), 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result as float."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
 
-
-class QAdd(_Kernel):
+class QAdd(KernelModule):
     """A sum of two activations, of the same shape or broadcast.
 
     Args:
@@ -363,7 +328,7 @@ class QAdd(_Kernel):
         return _bounded(run, self.bounds)
 
 
-class QMul(_Kernel):
+class QMul(KernelModule):
     """A product of two activations, of the same shape or broadcast.
 
     Args:
@@ -384,7 +349,7 @@ class QMul(_Kernel):
         return _bounded(lambda a, b: mul(a, b, scale, zero_point), self.bounds)
 
 
-class QClamp(_Kernel):
+class QClamp(KernelModule):
     """A clamp on integers as they are.
 
     Args:
@@ -404,7 +369,7 @@ class QClamp(_Kernel):
         return lambda x: _as_quantized(_as_plain(x).clamp(low, high), x.q_scale(), x.q_zero_point())
 
 
-class QPad(_Kernel):
+class QPad(KernelModule):
     """Padding, by zero or by the input's own values.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcore import ops
 from qcore.errors import BackendUnavailableError
-from qcore.lowering import KernelModule, QParams, QuantizedWeight
+from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
 from qcore_x86_onednn.observers import largest_sum
 
 _ONEDNN = torch.ops.onednn
@@ -146,11 +146,6 @@ class Quantize(KernelModule):
             return lambda x: _as_plain(quantize(x, scale, zero_point, dtype)).clamp_(*bounds)
         return lambda x: _as_plain(quantize(x, scale, zero_point, dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` as integers."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
-
 
 class Dequantize(KernelModule):
     """uint8 to float.
@@ -171,11 +166,6 @@ class Dequantize(KernelModule):
         if not _HAS_QUANTIZED:
             return lambda x: ops.dequantize_per_tensor(x, self.input_scale, self.input_zero_point)
         return lambda x: _as_quantized(x, scale, zero_point).dequantize()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The real values of ``x``."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
 
 
 class _Weighted(KernelModule):
@@ -243,11 +233,6 @@ class _Weighted(KernelModule):
     def knows_relu(self) -> bool:
         """Whether the kernel can compute a ReLU."""
         return True
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The result's integers."""
-        run: Callable[..., Tensor] = self._packed or self.packed()
-        return run(*inputs)
 
     def extra_repr(self) -> str:
         """Weight shape and activation."""
@@ -394,7 +379,7 @@ class QLinear(_Weighted):
         return _bounded(run, self.bounds)
 
 
-class QDynamicLinear(KernelModule):
+class QDynamicLinear(WeightKernel):
     """A linear layer from float to float, that takes the range of each input as it comes.
 
     Args:
@@ -403,16 +388,6 @@ class QDynamicLinear(KernelModule):
     """
 
     kernel_name = "onednn::qlinear_pointwise, range at run time"
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.values)
-        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
-        self.register_buffer("bias", bias)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -443,11 +418,6 @@ class QDynamicLinear(KernelModule):
 
         return run
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result as float."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
-
 
 class _Binary(KernelModule):
     """Two integer inputs, one integer output.
@@ -475,11 +445,6 @@ class _Binary(KernelModule):
             return ops.quantize_per_tensor(real, *output)  # type: ignore[no-any-return]
 
         return run
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The result's integers."""
-        run: Callable[[Tensor, Tensor], Tensor] = self._packed or self.packed()
-        return run(a, b)
 
 
 class QAdd(_Binary):
@@ -545,11 +510,6 @@ class QMaxPool2d(KernelModule):
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)
         return lambda x: torch.max_pool2d(x.to(torch.float32), *geometry).to(torch.uint8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result's integers."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
-
 
 class QLookup(KernelModule):
     """Any function of single values, by a table of its results.
@@ -584,11 +544,6 @@ class QLookup(KernelModule):
 
         return run
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result's integers."""
-        run: Callable[[Tensor], Tensor] = self._packed or self.packed()
-        return run(x)
-
 
 class QNearest(KernelModule):
     """Interpolation that only repeats or drops elements, on integers as they are.
@@ -605,10 +560,10 @@ class QNearest(KernelModule):
         super().__init__()
         self.arguments = (size, scale_factor, mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result's integers."""
-        result: Tensor = F.interpolate(x, *self.arguments)
-        return result
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """Torch's own."""
+        arguments = self.arguments
+        return lambda x: F.interpolate(x, *arguments)
 
 
 class QClamp(KernelModule):
@@ -625,9 +580,10 @@ class QClamp(KernelModule):
         super().__init__()
         self.low, self.high = low, high
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result's integers."""
-        return x.clamp(self.low, self.high)
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """Torch's own."""
+        low, high = self.low, self.high
+        return lambda x: x.clamp(low, high)
 
 
 def _narrower(output: QParams) -> tuple[int, int] | None:
