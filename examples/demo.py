@@ -29,7 +29,7 @@ from benchmarks.metrics import agreement, sqnr_db
 from examples.photos import evaluation_set, imagenet_photos
 from examples.zoo import NETWORKS, MissingPackageError
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 100)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The second pass: rewrites that make fewer operators of several, exactly. The patterns come from the backend.
+"""The pass before planning: rewrites that make fewer operators of several, exactly. The patterns come from the backend.
 
 A :class:`FusionPattern` is data: a chain of operators and the function that rewrites it. Folding a batch norm into the
 convolution or linear before it is the one that every backend shares.
