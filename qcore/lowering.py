@@ -20,6 +20,7 @@ from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
 from qcore.fx.tracer import is_impure
+from qcore.replay.executor import forget_recordings
 
 # Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 _packing = threading.Lock()
@@ -136,7 +137,14 @@ class KernelModule(nn.Module):
     A subclass registers buffers and defines ``pack``, which gives the function that ``forward`` calls. What is
     packed (a kernel's own weight format, Python numbers) is never copied, pickled or saved; it is made anew after
     ``load_state_dict``, ``deepcopy``, unpickling and ``to``.
+
+    Attributes:
+        replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
+            at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
+            that can't promise this says ``replayable = False``, and its whole model runs from Python.
     """
+
+    replayable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,11 +180,16 @@ class KernelModule(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._packed = None
+        self.unpack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._packed = None
+        self.unpack()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def unpack(self) -> None:
+        """Drop what was packed: the state it was made of changes."""
+        self._packed = None
+        forget_recordings()
 
 
 class WeightKernel(KernelModule):
@@ -214,6 +227,7 @@ class FloatKernel(nn.Module):
     """
 
     kernel_name = "float within the kernel"
+    replayable = True
 
     def __init__(
         self, call: QuantizedCall, enter: "Callable[[QParams], nn.Module]", leave: "Callable[[QParams], nn.Module]"

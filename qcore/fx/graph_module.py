@@ -13,6 +13,7 @@ from torch import fx, nn
 from qcore.backend_config import BackendConfig
 from qcore.errors import GuardError
 from qcore.quantization_plan import PythonModule, QuantizationPlan
+from qcore.replay.executor import Executor
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,16 @@ class QGraphModule(fx.GraphModule):
     def with_preparation(self, preparation: Preparation) -> "QGraphModule":
         """Set what qcore knows, and return the module itself."""
         self.meta["qcore"] = preparation
+        self.replay_calls()
         return self
+
+    def replay_calls(self) -> None:
+        """Let a converted module run without Python between its operators, wherever that gives the same."""
+        preparation = vars(self).get("meta", {}).get("qcore")
+        forward = type(self).forward
+        if preparation is not None and preparation.stage == "converted" and forward not in (_replay, _finish_and_run):
+            vars(self)["_executor"] = Executor(self, forward)
+            type(self).forward = _replay
 
     @staticmethod
     def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
@@ -99,10 +109,12 @@ class QGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make the code anew; that of a raw module is made when it is first called."""
-        if not vars(self).get("_is_raw"):
-            return super().recompile()
-        type(self).forward = _finish_and_run
-        return None
+        if vars(self).get("_is_raw"):
+            type(self).forward = _finish_and_run
+            return None
+        code = super().recompile()
+        self.replay_calls()
+        return code
 
     def finish(self) -> None:
         """Make the code of a module that may be raw."""
@@ -115,6 +127,7 @@ class QGraphModule(fx.GraphModule):
         assert isinstance(result, QGraphModule)
         for name, value in self._preserved().items():
             setattr(result, name, copy.deepcopy(value, memo))
+        result.replay_calls()
         return result
 
     def _preserved(self) -> dict[str, Any]:
@@ -157,6 +170,10 @@ class FloatFallback(nn.Module):
 def _finish_and_run(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
     self.finish()
     return self.forward(*args, **kwargs)
+
+
+def _replay(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
+    return vars(self)["_executor"](*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -230,6 +247,7 @@ def _thaw(
     for name, value in kept.items():
         setattr(module, name, value)
     module.meta.update({key: value for key, value in meta.items() if value is not None})
+    module.replay_calls()
     return module
 
 

@@ -1,11 +1,9 @@
-"""The one room that calls torch's native operators: oneDNN's on plain tensors, and a few of torch's quantized ones.
+"""The kernels: oneDNN's operators on plain tensors, and a few of torch's quantized ones (see ``quantized``).
 
-A plain tensor and a quantized one share their storage (``_as_quantized``, ``_as_plain``), so nothing is copied between
-the two families. Where a torch no longer has the quantized ones, plain float arithmetic takes their place.
+Where a torch no longer has the quantized ones, plain float arithmetic takes their place.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from qcore import ops
 from qcore.errors import BackendUnavailableError
 from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
+from qcore_x86_onednn import quantized
 from qcore_x86_onednn.observers import largest_sum
 
 _ONEDNN = torch.ops.onednn
@@ -26,13 +25,6 @@ _NEEDED = (
     "qconv_prepack",
     "qlinear_pointwise",
     "qlinear_prepack",
-)
-_QUANTIZED_DTYPE: torch.dtype = getattr(torch, "quint8", torch.uint8)
-_HAS_QUANTIZED = (
-    torch.uint8 != _QUANTIZED_DTYPE
-    and hasattr(torch, "_empty_affine_quantized")
-    and hasattr(torch, "quantize_per_tensor")
-    and hasattr(torch.ops.quantized, "max_pool2d")
 )
 
 
@@ -97,24 +89,6 @@ def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
     return merged.view(out, number * width, *kernel)
 
 
-with warnings.catch_warnings():
-    # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
-    warnings.simplefilter("ignore")
-    torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
-
-
-def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the storage of a plain one."""
-    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-
-
-def _as_plain(x: Tensor) -> Tensor:
-    """A plain tensor on the storage of a quantized one."""
-    shell = torch.empty(0, dtype=torch.uint8)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-
-
 class Quantize(KernelModule):
     """Float to uint8.
 
@@ -132,19 +106,11 @@ class Quantize(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
         scale, zero_point = self.qparams("output")
-        bounds = self.bounds
-        if not _HAS_QUANTIZED:
-            low, high = bounds or (0, 255)
+        if not quantized.HAS_QUANTIZED:
+            low, high = self.bounds or (0, 255)
             arguments = (self.output_scale, self.output_zero_point, low, high, torch.uint8)
             return lambda x: ops.quantize_per_tensor(x, *arguments)
-        quantize, dtype = torch.quantize_per_tensor, _QUANTIZED_DTYPE
-        with warnings.catch_warnings():
-            # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
-            warnings.simplefilter("ignore")
-            quantize(torch.zeros(1), scale, zero_point, dtype)
-        if bounds:
-            return lambda x: _as_plain(quantize(x, scale, zero_point, dtype)).clamp_(*bounds)
-        return lambda x: _as_plain(quantize(x, scale, zero_point, dtype))
+        return _bounded(lambda x: quantized.quantize(x, scale, zero_point), self.bounds)
 
 
 class Dequantize(KernelModule):
@@ -163,9 +129,9 @@ class Dequantize(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
         scale, zero_point = self.qparams("input")
-        if not _HAS_QUANTIZED:
+        if not quantized.HAS_QUANTIZED:
             return lambda x: ops.dequantize_per_tensor(x, self.input_scale, self.input_zero_point)
-        return lambda x: _as_quantized(x, scale, zero_point).dequantize()
+        return lambda x: quantized.dequantize(x, scale, zero_point)
 
 
 class _Weighted(KernelModule):
@@ -391,21 +357,11 @@ class QDynamicLinear(WeightKernel):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
-        kernel = _ONEDNN.qlinear_pointwise.default
+        kernel = _ONEDNN.qlinear_pointwise.tensor
         packed = _ONEDNN.qlinear_prepack(self.weight.contiguous(), None)
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
-        constants: tuple[Any, ...] = (
-            packed,
-            self.weight_scale,
-            zero_points,
-            self.bias,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        constants = (packed, self.weight_scale, zero_points, self.bias, *tail)
         width = self.weight.shape[0]
 
         def run(x: Tensor) -> Tensor:
@@ -413,7 +369,7 @@ class QDynamicLinear(WeightKernel):
                 return torch.empty((*x.shape[:-1], width))
             scale, zero_point = ops.dynamic_qparams(x, 0, 255)
             integers = ops.quantize_per_tensor(x, scale, zero_point, 0, 255, torch.uint8)
-            y: Tensor = kernel(integers, float(scale), int(zero_point), *constants)
+            y: Tensor = kernel(integers, scale, zero_point, *constants)
             return y
 
         return run
@@ -455,19 +411,12 @@ class QAdd(_Binary):
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; not ``onednn::qadd``, which is slower and wrong for mixed layouts."""
         in_float = self.in_float(torch.add)
-        if not _HAS_QUANTIZED:
+        if not quantized.HAS_QUANTIZED:
             return in_float
-        # The form with an output doesn't look at the process's quantized engine.
-        add, empty = torch.ops.quantized.add.out, torch._empty_affine_quantized
-        first, second, (scale, zero_point) = self.qparams("first"), self.qparams("second"), self.qparams("output")
+        qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
 
         def run(a: Tensor, b: Tensor) -> Tensor:
-            if a.shape != b.shape:
-                return in_float(a, b)
-            layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
-            out = empty(a.shape, scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE, memory_format=layout)
-            add(_as_quantized(a, *first), _as_quantized(b, *second), out)
-            return _as_plain(out)
+            return quantized.add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
 
         return _bounded(run, self.bounds)
 
@@ -479,13 +428,10 @@ class QMul(_Binary):
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
-        if not _HAS_QUANTIZED:
+        if not quantized.HAS_QUANTIZED:
             return self.in_float(torch.mul)
-        mul = torch.ops.quantized.mul.default
-        first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
-        return _bounded(
-            lambda a, b: _as_plain(mul(_as_quantized(a, *first), _as_quantized(b, *second), *output)), self.bounds
-        )
+        qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
+        return _bounded(lambda a, b: quantized.mul(a, b, *qparams), self.bounds)
 
 
 class QMaxPool2d(KernelModule):
@@ -504,7 +450,7 @@ class QMaxPool2d(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
         geometry = self.geometry
-        if _HAS_QUANTIZED:
+        if quantized.HAS_QUANTIZED:
             kernel = torch.ops.quantized.max_pool2d.default
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)

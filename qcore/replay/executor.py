@@ -1,0 +1,251 @@
+"""Which recording stands for which call of a converted model.
+
+The first call of a form (shapes, strides and dtypes of the tensors, everything else by value) runs as it is written.
+The second is recorded, and the recording must give the same to the last bit before it is used from the third on.
+Whatever a recording can't know (hooks, gradients, tracing, other weights, a kernel packed anew) sends a call back to
+the model.
+"""
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as _torch_module
+
+from qcore.replay import torchscript
+from qcore.replay.recording import NotReplayableError, Recording, record
+from qcore.replay.straight_line import as_function
+
+#: How many forms of calls a model keeps recordings of; further ones run as they are written. A recording costs as much
+#: as some ten calls, so with ever new forms it wouldn't pay to let old ones go.
+MAX_FORMS = 16
+
+_LITERALS = (type(None), bool, int, float, str)
+_LIBRARIES = frozenset(("torch", "_operator", "math", "builtins", "qcore"))
+#: Methods that hand data to Python without an operator that a recording would see.
+_READ_DATA = frozenset(("tolist", "numpy", "data_ptr", "untyped_storage", "storage"))
+
+_of_thread = threading.local()
+_generation = 0
+
+
+def forget_recordings() -> None:
+    """Recordings that were made before this call hold weights that are out of date."""
+    global _generation
+    _generation += 1
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within this, converted models of this thread run operator by operator from Python: to debug, or to compare."""
+    before = getattr(_of_thread, "as_written", False)
+    _of_thread.as_written = True
+    try:
+        yield
+    finally:
+        _of_thread.as_written = before
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A proven recording.
+
+    Attributes:
+        run: gives the tensors of the result.
+        recording: of what.
+        is_single: whether the result is one tensor and nothing else.
+        requires_grad: whether autograd would have to know of a call.
+    """
+
+    run: Callable[..., Any]
+    recording: Recording
+    is_single: bool
+    requires_grad: bool
+
+
+class Executor:
+    """Runs one converted graph module.
+
+    Args:
+        module: the module.
+        forward: the forward that its code defines; takes the module first.
+    """
+
+    def __init__(self, module: fx.GraphModule, forward: Callable[..., Any]) -> None:
+        self.module = module
+        self.forward = forward
+        self.generation = -1
+        self.is_replayable = False
+        self.programs: dict[Any, _Program | None] = {}
+        self.seen: set[Any] = set()
+        self.hooks: list[dict[Any, Any]] = []
+        self.state: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result."""
+        if _is_somebody_watching():
+            return self.forward(self.module, *args, **kwargs)
+        if self.generation != _generation:
+            self.start_anew()
+        tensors: list[Tensor] = []
+        form = self.form(args, kwargs, tensors) if self.is_replayable and not any(self.hooks) else None
+        if form is None:
+            return self.forward(self.module, *args, **kwargs)
+        program = self.programs.get(form)
+        if program is None:
+            return self.run_unknown(form, args, kwargs, tensors)
+        if program.requires_grad and torch.is_grad_enabled():
+            return self.forward(self.module, *args, **kwargs)
+        found = program.run(*tensors)
+        return found[0] if program.is_single else program.recording.result(found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Executor":
+        return self  # A copy of the module makes one of its own.
+
+    def start_anew(self) -> None:
+        """Look at the module as it is now."""
+        modules = list(self.module.modules())
+        self.generation = _generation
+        self.programs, self.seen = {}, set()
+        self.is_replayable = _is_replayable(self.module)
+        self.hooks = [_torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks]
+        for module in modules:
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        # A kernel says itself when its state changes. Whatever else has state must be looked at.
+        self.state = []
+        for module in modules:
+            if not hasattr(module, "replayable"):
+                self.state.append((vars(module), "training", module.training))
+                registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for registry in registries:
+                    self.state.extend((registry, name, value) for name, value in registry.items())
+
+    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """What must be the same for a recording to hold, or ``None``; collects the tensors."""
+        for registry, name, value in self.state:
+            if registry.get(name) is not value:
+                self.start_anew()
+                break
+        try:
+            form = _form((args, kwargs) if kwargs else args, tensors)
+        except _UnknownFormError:
+            return None
+        # A tensor that is given twice could be two tensors in another call.
+        return form if len(tensors) < 2 or len(set(map(id, tensors))) == len(tensors) else None
+
+    def run_unknown(self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """A call for which there is no program: note its form, or record it if the form was noted before."""
+        is_full = len(self.programs) >= MAX_FORMS
+        if form not in self.seen and not is_full:
+            if len(self.seen) >= 16 * MAX_FORMS:
+                self.seen.clear()
+            self.seen.add(form)
+            return self.forward(self.module, *args, **kwargs)
+        if is_full or form in self.programs or _needs_grad(tensors):
+            return self.forward(self.module, *args, **kwargs)
+        self.programs[form] = None  # Until it is proven, and for good if it isn't.
+        try:
+            result, recording = record(lambda: self.forward(self.module, *args, **kwargs), tensors)
+        except NotReplayableError:
+            return self.forward(self.module, *args, **kwargs)
+        program = _proven(recording, result, tensors)
+        if program is not None:
+            self.programs[form] = program
+        return result
+
+
+class _UnknownFormError(Exception):
+    """An argument that isn't known well enough."""
+
+
+def _form(value: Any, tensors: list[Tensor]) -> Any:
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        if value.layout is not torch.strided:
+            raise _UnknownFormError
+        tensors.append(value)
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if kind is tuple or kind is list:
+        return kind, tuple([_form(entry, tensors) for entry in value])
+    if kind is dict:
+        return kind, tuple([(key, _form(entry, tensors)) for key, entry in value.items()])
+    if kind in _LITERALS:
+        return kind, value
+    raise _UnknownFormError
+
+
+def _is_somebody_watching() -> bool:
+    """Whether this call is traced, transformed, compiled, or runs under a mode that sees each operator."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+        or getattr(_of_thread, "as_written", False)
+    )
+
+
+def _needs_grad(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_replayable(module: fx.GraphModule) -> bool:
+    """Whether all that the graph calls is known to compute with torch's operators, deciding nothing by data."""
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            if not all(_is_known(inner) for inner in module.get_submodule(str(node.target)).modules()):
+                return False
+        elif node.op == "call_method":
+            if node.target in _READ_DATA:
+                return False
+        elif node.op == "call_function" and not _is_torch_function(node.target):
+            return False
+    return True
+
+
+def _is_known(module: nn.Module) -> bool:
+    promised = getattr(module, "replayable", None)
+    return type(module).__module__.startswith("torch.nn.") if promised is None else bool(promised)
+
+
+def _is_torch_function(function: Any) -> bool:
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return True
+    home = getattr(function, "__module__", None)
+    if home is None:  # So it is with torch's functions that come from C.
+        return isinstance(function, types.BuiltinFunctionType)
+    return str(home).partition(".")[0] in _LIBRARIES
+
+
+def _proven(recording: Recording, expected: Any, tensors: list[Tensor]) -> _Program | None:
+    """The recording as a program, if it gives what the call gave."""
+    makers = [torchscript.as_torchscript] if torchscript.is_available() else []
+    constants = [constant for _, constant in recording.constants if isinstance(constant, Tensor)]
+    requires_grad = any(tensor.requires_grad for tensor in (*tensors, *constants))
+    leaves = torch.utils._pytree.tree_leaves(expected)
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    for make in (*makers, as_function):
+        try:
+            run = make(recording)
+            with torch.no_grad():
+                found = run(*tensors)
+        except (NotReplayableError, RuntimeError):
+            continue
+        if all(_are_same(a, b) for a, b in zip(wanted, found, strict=True)):
+            return _Program(run, recording, isinstance(expected, Tensor), requires_grad)
+    return None
+
+
+def _are_same(first: Tensor, second: Tensor) -> bool:
+    if (first.shape, first.stride(), first.dtype) != (second.shape, second.stride(), second.dtype):
+        return False
+    if first.is_floating_point():
+        return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(first, second)

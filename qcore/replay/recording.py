@@ -1,0 +1,238 @@
+"""What one call of a function did: the torch operators that it called, in order, as plain data.
+
+Sizes are numbers in a recording, and what Python decided is decided; so it holds for all inputs of the same shapes,
+strides and dtypes, as long as nothing was decided by the data in them. Operators that hand data to Python, draw random
+numbers, write into what they were given, or give results whose shape depends on data, are refused.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+_LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset
+_SET_TENSOR = torch.ops.aten.set_.source_Tensor_storage_offset
+_REFUSED_TAGS = (torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded)
+
+
+class NotReplayableError(Exception):
+    """A call can't be replayed; says why."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Something that operators read or give: an input, a constant or a result.
+
+    Attributes:
+        number: counts up, inputs first.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator.
+
+    Attributes:
+        operator: the overload.
+        args: positional arguments, with a :class:`Value` for every tensor and script object.
+        kwargs: keyword arguments, likewise.
+        results: what it gave: a :class:`Value`, or a list or tuple of them.
+    """
+
+    operator: torch._ops.OpOverload[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: Any
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that a function did.
+
+    Attributes:
+        inputs: the tensors that it was given.
+        constants: tensors and script objects that it took from elsewhere, with their values.
+        calls: in order.
+        leaves: of the result: a :class:`Value` for each tensor, anything else as it is.
+        structure: of the result.
+    """
+
+    inputs: tuple[Value, ...]
+    constants: tuple[tuple[Value, Any], ...]
+    calls: tuple[Call, ...]
+    leaves: tuple[Any, ...]
+    structure: TreeSpec
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        """The tensors of the result."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Value))
+
+    def result(self, tensors: Sequence[Tensor]) -> Any:
+        """The result with these tensors in it."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, Value) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.structure)
+
+
+def values_read(call: Call) -> list[Value]:
+    """What a call reads, in order."""
+    found: list[Value] = []
+
+    def look(argument: Any) -> None:
+        if isinstance(argument, Value):
+            found.append(argument)
+        elif isinstance(argument, (tuple, list)):
+            for entry in argument:
+                look(entry)
+
+    look((call.args, tuple(call.kwargs.values())))
+    return found
+
+
+def values_given(call: Call) -> Sequence[Value]:
+    """What a call gives, in order."""
+    return [call.results] if isinstance(call.results, Value) else list(call.results)
+
+
+def last_reads(recording: Recording) -> dict[Value, int]:
+    """The number of the last call that reads or gives a value, for what isn't a constant or a result."""
+    last: dict[Value, int] = {}
+    for number, call in enumerate(recording.calls):
+        last.update(dict.fromkeys((*values_read(call), *values_given(call)), number))
+    for value in (*(value for value, _ in recording.constants), *recording.results):
+        last.pop(value, None)
+    return last
+
+
+def record(function: Callable[[], Any], inputs: Sequence[Tensor]) -> tuple[Any, Recording]:
+    """Call a function, and note the operators that it calls.
+
+    Args:
+        function: the call.
+        inputs: the tensors that differ from call to call.
+
+    Returns:
+        The function's result and the recording.
+
+    Raises:
+        NotReplayableError: with other data in the inputs the function might do something else. The function may have
+            run in part.
+    """
+    recorder = _Recorder(inputs)
+    with recorder:
+        result = function()
+    return result, recorder.recording(result)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self.values = WeakIdKeyDictionary()
+        self.constants: list[tuple[Value, Any]] = []
+        self.calls: list[Call] = []
+        self.given: set[int] = set()
+        self.inputs = tuple(self.new(tensor) for tensor in inputs)
+        for tensor in inputs:
+            self.given.add(_storage(tensor))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # Else torch imports its compiler, which takes seconds.
+
+    def new(self, thing: Any) -> Value:
+        value = self.values[thing] = Value(self.count)
+        self.count += 1
+        return value
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is _SET_STORAGE:
+            # Said with a tensor in the place of its storage, which no recording can hold.
+            function, args = _SET_TENSOR, (args[0], self.owner(args[1]), *args[2:])
+        self.refuse_what_differs(function, args, kwargs)
+        read = self.read(args), {name: self.read(value) for name, value in kwargs.items()}
+        results = function(*args, **kwargs)
+        self.calls.append(Call(function, *read, self.given_back(function, results)))
+        return results
+
+    def owner(self, storage: Any) -> Tensor:
+        """A tensor on a storage."""
+        for thing in list(self.values.keys()):
+            if _storage(thing) == storage._cdata:
+                return thing  # type: ignore[no-any-return]
+        raise NotReplayableError("an operator takes memory that belongs to no tensor of the call")
+
+    def read(self, argument: Any) -> Any:
+        """An argument, with values in the place of tensors."""
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self.read(entry) for entry in argument)
+        if isinstance(argument, (Tensor, torch.ScriptObject)):
+            found = self.values.get(argument)
+            if found is None:
+                found = self.new(argument)
+                self.constants.append((found, argument))
+                self.given.add(_storage(argument))
+            return found
+        if not isinstance(argument, _LITERALS):
+            raise NotReplayableError(f"an operator takes a {type(argument).__name__}")
+        return argument
+
+    def given_back(self, function: Any, results: Any) -> Any:
+        if isinstance(results, Tensor):
+            return self.new(results)
+        if isinstance(results, (tuple, list)) and all(isinstance(entry, Tensor) for entry in results):
+            return type(results)(self.new(entry) for entry in results)
+        raise NotReplayableError(f"{function} gives something else than tensors")
+
+    def refuse_what_differs(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Operators that the next call might not call, or that would do something else to it."""
+        if not isinstance(function, torch._ops.OpOverload) or any(tag in function.tags for tag in _REFUSED_TAGS):
+            raise NotReplayableError(f"{function} depends on more than its arguments")
+        # Indexing has such a shape only where the index is a mask.
+        if torch.Tag.dynamic_output_shape in function.tags and not _indexes_by_numbers(function, args):
+            raise NotReplayableError(f"the shape of {function} depends on data")
+        if not function._schema.is_mutable:
+            return
+        for place, argument in enumerate(function._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if is_written and isinstance(tensor, Tensor) and _is_given(tensor, self):
+                    raise NotReplayableError(f"{function} writes into a tensor that the call was given")
+
+    def recording(self, result: Any) -> Recording:
+        leaves, structure = tree_flatten(result)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                self.read(leaf)
+            elif not isinstance(leaf, _LITERALS):
+                raise NotReplayableError(f"the result holds a {type(leaf).__name__}")
+        leaves = tree_map_only(Tensor, self.read, leaves)
+        return Recording(self.inputs, tuple(self.constants), tuple(self.calls), tuple(leaves), structure)
+
+
+def _storage(thing: Any) -> int:
+    """What tells storages apart; 0 for what has none, such as a packed weight."""
+    if not isinstance(thing, Tensor) or thing.layout is not torch.strided:
+        return 0
+    return int(thing.untyped_storage()._cdata)
+
+
+def _is_given(tensor: Tensor, recorder: _Recorder) -> bool:
+    return tensor not in recorder.values or _storage(tensor) in recorder.given
+
+
+def _indexes_by_numbers(function: Any, args: tuple[Any, ...]) -> bool:
+    if function is not torch.ops.aten.index.Tensor:
+        return False
+    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])

@@ -1,0 +1,44 @@
+"""A recording as a Python function without modules and branches, for torches without TorchScript."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qcore.replay.recording import Recording, Value, last_reads, values_given
+
+
+def as_function(recording: Recording) -> Callable[..., Sequence[Tensor]]:
+    """A function of the recording's inputs that gives its result's tensors."""
+    space: dict[str, Any] = {_name(value): constant for value, constant in recording.constants}
+    dead: dict[int, list[str]] = {}
+    for value, number in last_reads(recording).items():
+        dead.setdefault(number, []).append(_name(value))
+    lines = [f"def replay({', '.join(map(_name, recording.inputs))}):"]
+    for number, call in enumerate(recording.calls):
+        space[f"f{number}"] = call.operator
+        targets = ", ".join(map(_name, values_given(call)))
+        left = targets if isinstance(call.results, Value) else f"[{targets}]"
+        arguments = [_written(argument, space) for argument in call.args]
+        arguments += [f"{name}={_written(argument, space)}" for name, argument in call.kwargs.items()]
+        lines.append(f"    {left} = f{number}({', '.join(arguments)})")
+        if number in dead:  # Memory is given back as early as in the model itself.
+            lines.append(f"    {' = '.join(dead[number])} = None")
+    lines.append(f"    return [{', '.join(map(_name, recording.results))}]")
+    exec("\n".join(lines), space)
+    return space["replay"]  # type: ignore[no-any-return]
+
+
+def _name(value: Value) -> str:
+    return f"v{value.number}"
+
+
+def _written(argument: Any, space: dict[str, Any]) -> str:
+    """An argument as source text; what has none is put into the function's globals."""
+    if isinstance(argument, Value):
+        return _name(argument)
+    if isinstance(argument, (tuple, list)) and any(isinstance(entry, Value) for entry in argument):
+        return f"[{', '.join(_written(entry, space) for entry in argument)}]"
+    name = f"k{len(space)}"
+    space[name] = argument
+    return name

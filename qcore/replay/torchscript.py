@@ -1,0 +1,174 @@
+"""A recording as TorchScript graphs, which torch's interpreter runs without Python.
+
+From Python a call of an operator costs some 10 to 20 us, most of it to turn arguments into torch's own values; there,
+they are. Nothing is compiled from source: the graph is built, node by node, through the interface that torch's own
+tracer uses. Where a torch doesn't have it any more, :mod:`qcore.replay.straight_line` does the same in Python.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcore.replay.recording import Call, NotReplayableError, Recording, Value, last_reads, values_given, values_read
+
+#: Calls in one graph; what TorchScript does with a graph takes time by the square of its length.
+MAX_CALLS = 256
+
+_MEMORY_FORMATS = {
+    torch.contiguous_format: 0,
+    torch.preserve_format: 1,
+    torch.channels_last: 2,
+    torch.channels_last_3d: 3,
+}  # As c10 numbers them.
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+def is_available() -> bool:
+    """Whether this torch can build and run such a graph."""
+    return hasattr(torch._C, "Graph") and hasattr(torch._C, "_create_function_from_graph")
+
+
+def as_torchscript(recording: Recording) -> Function:
+    """A function of the recording's inputs that gives its result's tensors.
+
+    Raises:
+        NotReplayableError: TorchScript doesn't know one of the operators, or can't take an argument.
+    """
+    constants = dict(recording.constants)
+    if len(recording.calls) <= MAX_CALLS:
+        return _graph(recording.calls, recording.inputs, constants, recording.results)
+    stretches = _stretches(recording, constants)
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        values = {**constants, **dict(zip(recording.inputs, tensors, strict=True))}
+        for stretch in stretches:
+            found = stretch.run(*[values[value] for value in stretch.reads])
+            for value in stretch.dead:  # Memory is given back as early as in the model itself, or nearly.
+                del values[value]
+            values.update(zip(stretch.gives, found, strict=True))
+        return [values[value] for value in recording.results]
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A graph of some calls in a row.
+
+    Attributes:
+        run: gives the tensors of ``gives`` for those of ``reads``.
+        reads: values that earlier calls gave, and inputs.
+        gives: values that later calls read.
+        dead: values among ``reads`` that no later call reads.
+    """
+
+    run: Function
+    reads: tuple[Value, ...]
+    gives: tuple[Value, ...]
+    dead: tuple[Value, ...]
+
+
+def _stretches(recording: Recording, constants: Mapping[Value, Any]) -> list[_Stretch]:
+    last, results = last_reads(recording), set(recording.results)
+    made = []
+    for start in range(0, len(recording.calls), MAX_CALLS):
+        calls = recording.calls[start : start + MAX_CALLS]
+        end = start + len(calls)
+        given = dict.fromkeys(value for call in calls for value in values_given(call))
+        read = dict.fromkeys(value for call in calls for value in values_read(call))
+        reads = tuple(value for value in read if value not in given and value not in constants)
+        gives = tuple(value for value in given if value in results or last[value] >= end)
+        dead = tuple(value for value in reads if value not in results and last[value] < end)
+        made.append(_Stretch(_graph(calls, reads, constants, gives), reads, gives, dead))
+    return made
+
+
+def _graph(
+    calls: Sequence[Call], inputs: Sequence[Value], constants: Mapping[Value, Any], results: Sequence[Value]
+) -> Function:
+    builder = _Builder()
+    for value in inputs:
+        builder.add_input(value)
+    used = dict.fromkeys((*(value for call in calls for value in values_read(call)), *results))
+    # As inputs, too: a constant of the graph could be folded into others, and a weight may be loaded anew.
+    own = [(value, constants[value]) for value in used if value in constants]
+    for value, constant in own:
+        builder.add_input(value, constant)
+    for call in calls:
+        builder.add_call(call)
+    function = builder.finish(results)
+    tensors = tuple(constant for _, constant in own)
+    return lambda *given: function(*given, *tensors)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.graph: Any = torch._C.Graph()
+        self.values: dict[Value, torch._C.Value] = {}
+
+    def add_input(self, value: Value, constant: Any = None) -> None:
+        made = self.values[value] = self.graph.addInput()
+        if isinstance(constant, torch.ScriptObject):
+            made.setType(constant._type())
+
+    def add_call(self, call: Call) -> None:
+        schema = call.operator._schema
+        given = dict(zip((argument.name for argument in schema.arguments), call.args, strict=False)) | call.kwargs
+        inputs = [
+            self.argument(given.get(argument.name, argument.default_value), argument.type)
+            for argument in schema.arguments
+        ]
+        node = self.graph.create(schema.name, inputs, len(schema.returns))
+        self.graph.insertNode(node)
+        outputs = list(node.outputs())
+        for output, returned in zip(outputs, schema.returns, strict=True):
+            output.setType(returned.type)
+        # It looks for an overload by the types of the arguments. A number in the place of a tensor has one of its own.
+        has_numbers = any(
+            isinstance(argument.type, torch._C.TensorType) and isinstance(given.get(argument.name), (int, float))
+            for argument in schema.arguments
+        )
+        if node.schema() != str(schema) and not has_numbers:
+            raise NotReplayableError(f"TorchScript doesn't find {call.operator}")
+        if isinstance(call.results, list) and len(outputs) == 1:
+            unpack = self.graph.create("prim::ListUnpack", [outputs[0]], len(call.results))
+            self.graph.insertNode(unpack)
+            outputs = list(unpack.outputs())
+        self.values.update(zip(values_given(call), outputs, strict=True))
+
+    def argument(self, value: Any, kind: Any) -> torch._C.Value:
+        """An argument as a value of the graph."""
+        if isinstance(value, Value):
+            return self.values[value]
+        if isinstance(kind, torch._C.OptionalType):
+            return self.argument(value, kind.getElementType()) if value is not None else self.constant(None)
+        if isinstance(value, (tuple, list)) != isinstance(kind, torch._C.ListType):
+            raise NotReplayableError(f"TorchScript takes no {type(value).__name__} as {kind}")
+        if isinstance(value, (tuple, list)):
+            entries = [self.argument(entry, kind.getElementType()) for entry in value]
+            return self.list_of(entries, kind.getElementType())
+        if isinstance(value, int) and isinstance(kind, torch._C.FloatType):
+            value = float(value)
+        known: Any = _MEMORY_FORMATS.get(value, value) if isinstance(value, torch.memory_format) else value
+        return self.constant(known)
+
+    def constant(self, value: Any) -> torch._C.Value:
+        made: torch._C.Value = self.graph.insertConstant(value)
+        return made
+
+    def list_of(self, entries: Sequence[torch._C.Value], kind: Any) -> torch._C.Value:
+        node = self.graph.create("prim::ListConstruct", list(entries), 1)
+        node.output().setType(torch._C.ListType(kind))
+        self.graph.insertNode(node)
+        made: torch._C.Value = node.output()
+        return made
+
+    def finish(self, results: Sequence[Value]) -> Any:
+        """The function, which gives a list."""
+        tensors = self.list_of([self.values[value] for value in results], torch._C.TensorType.get())
+        self.graph.registerOutput(tensors)
+        return torch._C._create_function_from_graph("replay", self.graph)

@@ -1,0 +1,392 @@
+"""Recordings of calls: that they give the same, and that whatever they can't know sends a call back to the model."""
+
+import copy
+import io
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qcore.lowering import KernelModule
+from qcore.replay import torchscript
+from qcore.replay.executor import MAX_FORMS, Executor, as_written, forget_recordings
+from qcore.replay.recording import NotReplayableError, record
+from qcore.replay.straight_line import as_function
+from qcore.replay.torchscript import as_torchscript
+
+WAYS = pytest.mark.parametrize("way", [as_torchscript, as_function])
+
+
+class Scale(KernelModule):
+    """A kernel with state, that counts how often Python ran it."""
+
+    factor: Tensor
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor))
+        self.runs: list[int] = []
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        factor, runs = float(self.factor), self.runs
+
+        def run(x: Tensor) -> Tensor:
+            runs.append(1)
+            return x * factor
+
+        return run
+
+
+def executed(model: nn.Module) -> tuple[Executor, fx.GraphModule]:
+    """An executor of a model whose kernels stay whole."""
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+            return isinstance(m, KernelModule) or super().is_leaf_module(m, qualified_name)
+
+    module = fx.GraphModule(model, Tracer().trace(model))
+    return Executor(module, type(module).forward), module
+
+
+def python_runs(executor: Executor, kernel: Scale, *args: Any) -> int:
+    """How often a call ran the kernel from Python."""
+    before = len(kernel.runs)
+    executor(*args)
+    return len(kernel.runs) - before
+
+
+@pytest.fixture
+def scaled() -> tuple[Executor, Scale]:
+    executor, module = executed(nn.Sequential(Scale(2.0), nn.Linear(3, 3)).eval())
+    kernel = module.get_submodule("0")
+    assert isinstance(kernel, Scale)
+    return executor, kernel
+
+
+def several(x: Tensor, y: Tensor) -> dict[str, Any]:
+    first, second = (x @ y).split([1, 2], 1)
+    normed, *_ = torch.native_layer_norm(second, [2], None, None, 1e-5)
+    z = F.pad(first, (0, 1)).relu_().contiguous(memory_format=torch.contiguous_format)
+    z = z[:, torch.tensor([1, 0])] + torch.cat([normed, second], 0)[: len(x)].to(torch.float64)
+    return {"sum": z.sum(0), "pair": (x, [second]), "rows": x.shape[0], "name": "n", "index": z.argmax(1)}
+
+
+@WAYS
+def test_a_recording_gives_what_the_function_gives_on_other_data(way: Any) -> None:
+    result, recording = record(lambda: several(*first), first := (torch.randn(2, 3), torch.randn(3, 3)))
+    second = (torch.randn(2, 3), torch.randn(3, 3))
+    for arguments in (first, second):
+        found, wanted = recording.result(way(recording)(*arguments)), several(*arguments)
+        assert torch.utils._pytree.tree_structure(found) == torch.utils._pytree.tree_structure(result)
+        assert found["pair"][0] is arguments[0]
+        assert found["rows"] == 2 and found["name"] == "n"
+        for key in ("sum", "index"):
+            assert torch.equal(found[key], wanted[key])
+        assert torch.equal(found["pair"][1][0], wanted["pair"][1][0])
+
+
+@WAYS
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 40), width=st.integers(1, 5), calls=st.integers(1, 9))
+def test_graphs_of_any_length_give_the_same_in_stretches(way: Any, length: int, width: int, calls: int) -> None:
+    bias = torch.randn(width)
+
+    def chain(x: Tensor) -> list[Tensor]:
+        values = [x, bias]
+        for number in range(length):
+            values.append(torch.sin(values[-1] + values[number // 2]))
+        return [values[length // 2], bias, values[-1], x]
+
+    before, torchscript.MAX_CALLS = torchscript.MAX_CALLS, calls
+    try:
+        _, recording = record(lambda: chain(x), [x := torch.randn(4, width)])
+        run = way(recording)
+    finally:
+        torchscript.MAX_CALLS = before
+    other = torch.randn(4, width)
+    assert all(torch.equal(a, b) for a, b in zip(run(other), chain(other), strict=True))
+
+
+REFUSED: dict[str, Callable[[Tensor], Any]] = {
+    "it reads a number out of a tensor": lambda x: x * float(x.sum()),
+    "it decides by data": lambda x: x if x.sum() > 0 else -x,
+    "it compares": lambda x: x if torch.equal(x, x) else -x,
+    "it draws random numbers": lambda x: F.dropout(x, training=True),
+    "its sizes depend on data": lambda x: x.nonzero(),
+    "it picks by a mask": lambda x: x[x > 0],
+    "it writes into its input": lambda x: x.relu_(),
+    "it writes into a view of its input": lambda x: x[:1].add_(1),
+    "it gives an object": lambda x: (x, object()),
+    "it takes memory of its own": lambda x: torch.empty(0).set_(torch.UntypedStorage(8), 0, (2,), (1,)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_other_data_could_change_is_refused(why: str) -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(NotReplayableError):
+        record(lambda: REFUSED[why](x), [x])
+
+
+@WAYS
+def test_a_shell_around_memory_of_another_tensor_is_one_around_the_replayed_one(way: Any) -> None:
+    def shell(x: Tensor) -> Tensor:
+        y = x + 1
+        return torch.empty(0, dtype=torch.int32).set_(y.untyped_storage(), 0, y.size(), y.stride())
+
+    _, recording = record(lambda: shell(x), [x := torch.randn(3)])
+    other = torch.randn(3)
+    assert torch.equal(way(recording)(other)[0], (other + 1).view(torch.int32))
+
+
+def test_what_is_refused_leaves_the_input_alone() -> None:
+    x = torch.full((2,), -1.0)
+    with pytest.raises(NotReplayableError):
+        record(lambda: x.relu_(), [x])
+    assert x.tolist() == [-1.0, -1.0]
+
+
+def test_a_function_that_writes_into_its_constants_is_refused() -> None:
+    total = torch.zeros(2)
+    with pytest.raises(NotReplayableError):
+        record(lambda: total.add_(x), [x := torch.ones(2)])
+
+
+@torch.no_grad()
+def test_the_third_call_of_a_form_needs_no_python(scaled: tuple[Executor, Scale]) -> None:
+    executor, kernel = scaled
+    x = torch.randn(2, 3)
+    assert [python_runs(executor, kernel, x) for _ in range(4)] == [1, 1, 0, 0]
+    assert [python_runs(executor, kernel, torch.randn(5, 3)) for _ in range(3)] == [1, 1, 0]
+    assert python_runs(executor, kernel, x) == 0
+    other = torch.randn(2, 3)
+    assert torch.equal(executor(other), executor.forward(executor.module, other))
+
+
+@torch.no_grad()
+def test_strides_and_dtypes_are_part_of_a_form(scaled: tuple[Executor, Scale]) -> None:
+    executor, kernel = scaled
+    x = torch.randn(3, 3)
+    for _ in range(3):
+        executor(x)
+    assert python_runs(executor, kernel, x.t()) == 1
+    executor.module.double()
+    assert python_runs(executor, kernel, x.double()) == 1
+
+
+@torch.no_grad()
+def test_ever_new_forms_are_not_recorded_for_ever(scaled: tuple[Executor, Scale]) -> None:
+    executor, _ = scaled
+    for size in range(1, MAX_FORMS + 5):
+        for _ in range(3):
+            x = torch.randn(size, 3)
+            assert torch.equal(executor(x), executor.forward(executor.module, x))
+    assert len(executor.programs) == MAX_FORMS
+
+
+def without_effect(executor: Executor, kernel: Scale) -> None:
+    """Record a form and check that it is replayed."""
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            executor(x)
+        assert python_runs(executor, kernel, x) == 0
+
+
+def test_a_hook_is_called_although_there_is_a_recording(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    seen: list[Tensor] = []
+    handle = scaled[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    scaled[0](torch.ones(2, 3))
+    assert len(seen) == 1
+    handle.remove()
+    with torch.no_grad():
+        assert python_runs(*scaled, torch.ones(2, 3)) == 0
+
+
+def test_gradients_flow(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    executor, _ = scaled
+    for _ in range(3):
+        result = executor(torch.ones(2, 3))
+        assert result.requires_grad
+        result.sum().backward()
+    x = torch.ones(2, 3, requires_grad=True)
+    for _ in range(3):
+        executor(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_packed_anew_is_recorded_anew(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    executor, kernel = scaled
+    kernel.load_state_dict({"factor": torch.tensor(-3.0)})
+    x = torch.randn(2, 3)
+    wanted = executor.module.get_submodule("1")(x * -3.0)
+    for _ in range(4):
+        assert torch.allclose(executor(x), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["replaced", "loaded", "assigned"])
+def test_other_float_weights_count_at_once(scaled: tuple[Executor, Scale], how: str) -> None:
+    without_effect(*scaled)
+    executor, _ = scaled
+    linear = executor.module.get_submodule("1")
+    new = nn.Linear(3, 3)
+    if how == "replaced":
+        linear.weight, linear.bias = new.weight, new.bias
+    else:
+        linear.load_state_dict(new.state_dict(), assign=how == "assigned")
+    x = torch.randn(2, 3)
+    for _ in range(4):
+        assert torch.allclose(executor(x), new(2 * x))
+
+
+@torch.no_grad()
+def test_training_mode_counts_at_once() -> None:
+    executor, module = executed(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).eval())
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        executor(x)
+    module.train()
+    assert any((executor(x) == 0).any() for _ in range(5))
+
+
+def test_a_tensor_that_is_given_twice_is_no_pair() -> None:
+    class Minus(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a - b
+
+    executor, _ = executed(Minus())
+    x, y = torch.ones(2), torch.zeros(2)
+    for _ in range(4):
+        assert executor(x, x).tolist() == [0, 0]
+    for _ in range(4):
+        assert executor(x, y).tolist() == [1, 1]
+
+
+def test_what_is_no_tensor_is_part_of_the_form() -> None:
+    class Shift(nn.Module):
+        def forward(self, pair: dict[str, Tensor], by: Any = 1) -> tuple[Tensor, ...]:
+            return pair["a"] + by, pair["b"]
+
+    module = fx.symbolic_trace(Shift())
+    executor = Executor(module, type(module).forward)
+    pair = {"a": torch.zeros(1), "b": torch.ones(1)}
+    for by in (1, 2, True, 1.0, 2.5):
+        for _ in range(3):
+            found = executor(pair, by=by)
+            assert found[0].item() == by and found[0].dtype == torch.float32
+    assert len(executor.programs) == 5
+
+
+def test_kernels_that_decide_by_data_run_from_python() -> None:
+    class Sign(Scale):
+        replayable = False
+
+    executor, module = executed(nn.Sequential(Sign(1.0)))
+    kernel = module.get_submodule("0")
+    assert isinstance(kernel, Scale)
+    assert [python_runs(executor, kernel, torch.ones(1)) for _ in range(4)] == [1, 1, 1, 1]
+
+
+def test_unknown_modules_run_from_python() -> None:
+    class Leaf(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.numpy() * 2)
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+            return True
+
+    model = nn.Sequential(Leaf())
+    module = fx.GraphModule(model, Tracer().trace(model))
+    executor = Executor(module, type(module).forward)
+    for value in range(5):
+        assert executor(torch.full((1,), float(value))).item() == 2 * value
+
+
+@torch.no_grad()
+def test_whoever_watches_operators_sees_them(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    executor, kernel = scaled
+    x = torch.randn(2, 3)
+    with as_written():
+        assert python_runs(executor, kernel, x) == 1
+    with FlopCounterMode(display=False) as counter:
+        executor(x)
+    assert counter.get_total_flops() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert executor(x).dtype == torch.bfloat16
+    assert torch.equal(torch.func.vmap(lambda row: executor(row[None])[0])(x), executor(x))
+    executor.module.requires_grad_(False)
+    assert torch.equal(torch.jit.trace(lambda y: executor(y), x)(x), executor(x))
+
+
+@torch.no_grad()
+def test_threads_may_call_at_once(scaled: tuple[Executor, Scale]) -> None:
+    executor, _ = scaled
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        x = torch.randn(2 + seed % 3, 3, generator=torch.Generator().manual_seed(seed))
+        wanted = executor.forward(executor.module, x)
+        for _ in range(20):
+            if not torch.equal(executor(x), wanted):
+                wrong.append(seed)
+            if seed == 0:
+                forget_recordings()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_executors_are_not_copied() -> None:
+    executor, _ = executed(nn.Sequential(nn.Linear(2, 2)))
+    assert copy.deepcopy(executor) is executor
+
+
+def test_recording_needs_no_compiler() -> None:
+    """Torch imports its compiler when a dispatch mode of the usual kind is used; that takes seconds."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; from qcore.replay.recording import record; x = torch.ones(2);"
+        "record(lambda: x + 1, [x]); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_converted_model_replays_and_survives_copies(tmp_path: Any) -> None:
+    """Through the public verbs, on whichever backend is the best here."""
+    import qcore
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(), (x,))
+    qcore.calibrate(prepared, [x])
+    converted = qcore.convert_fx(prepared)
+    with torch.no_grad(), as_written():
+        wanted = converted(x)
+    buffer = io.BytesIO()
+    torch.save(converted, buffer)
+    buffer.seek(0)
+    for model in (converted, copy.deepcopy(converted), torch.load(buffer, weights_only=False)):
+        with torch.no_grad():
+            for _ in range(4):
+                assert torch.equal(model(x), wanted)
