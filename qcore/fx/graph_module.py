@@ -86,9 +86,11 @@ class QGraphModule(fx.GraphModule):
         Args:
             root: holds just what the graph refers to.
             graph: becomes the module's own.
-            is_raw: leave out the code until ``finish``: passes that only change the graph needn't pay for it.
+            is_raw: leave out the code until it is needed: passes that only change the graph needn't pay for it.
         """
-        module = QGraphModule(nn.Module(), fx.Graph())
+        module = QGraphModule.__new__(QGraphModule)
+        vars(module)["_is_raw"] = True  # There is no need for the code of an empty graph.
+        module.__init__(nn.Module(), fx.Graph())  # type: ignore[misc]
         module._modules.update(root._modules)
         module._parameters.update(root._parameters)
         module._buffers.update(root._buffers)
@@ -96,6 +98,20 @@ class QGraphModule(fx.GraphModule):
         vars(module)["_is_raw"] = is_raw
         module.graph = graph
         return module
+
+    @property
+    def code(self) -> str:
+        """The generated code; that of a raw module is made now."""
+        self._finish_if_raw()
+        return super().code
+
+    def __str__(self) -> str:
+        self._finish_if_raw()
+        return super().__str__()
+
+    def _finish_if_raw(self) -> None:
+        if vars(self).get("_is_raw"):
+            self.finish()
 
     def recompile(self) -> Any:
         """Make the code anew; that of a raw module is made when it is first called."""
@@ -289,6 +305,13 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
         owner._parameters[name] = value
     else:
         owner._buffers[name] = value
+
+
+def delete_tensor(module: nn.Module, target: str) -> None:
+    """Drop the tensor at a dotted path."""
+    owner_path, _, name = target.rpartition(".")
+    owner = submodule(module, owner_path)
+    del (owner._parameters if name in owner._parameters else owner._buffers)[name]
 
 
 def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:

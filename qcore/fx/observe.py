@@ -65,7 +65,7 @@ def observe(
             observer = module.graph.create_node("call_module", names[observation.tensor], (value,))
         for reader in dict.fromkeys(readers):
             reader.replace_input_with(value, observer)
-    module.finish()
+    module.recompile()
     return replace(plan, observers=names)
 
 

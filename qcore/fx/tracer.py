@@ -209,7 +209,7 @@ class NormalFormTracer(ExampleTracer):
     def create_arg(self, a: Any) -> Any:
         """An argument as the graph holds it; a tensor by its path, which fx would search the whole model for."""
         kind = type(a)
-        if kind in _PLAIN:  # fx looks long at each of the numbers that make up most arguments.
+        if kind in _PLAIN or (kind is dict and not a):  # fx looks long at each of what most arguments are.
             return a
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
@@ -234,7 +234,7 @@ class NormalFormTracer(ExampleTracer):
 
     def _tensor(self, target: str) -> fx.Proxy:
         if target not in self._attributes:
-            self._attributes[target] = self.create_proxy("get_attr", target, (), {})
+            self._attributes[target] = self.proxy(self.create_node("get_attr", target, (), {}))
         return self._attributes[target]
 
     def _emit(self, call: Call, name: str, origin: Origin) -> Any:

@@ -44,14 +44,15 @@ class HistogramObserver(RangeObserver):
     histogram: Tensor
     first_bin: Tensor
     exponent: Tensor
+    bins: int
+    _chosen: tuple[Tensor, Tensor] | None
 
     def __init__(self, bins: int = 2048, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.bins = bins
-        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("first_bin", torch.tensor(0))
-        self.register_buffer("exponent", torch.tensor(0))
-        self._chosen: tuple[Tensor, Tensor] | None = None
+        vars(self).update(bins=bins, _chosen=None)
+        self._buffers.update(
+            histogram=torch.zeros(bins, dtype=torch.float64), first_bin=torch.tensor(0), exponent=torch.tensor(0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Count the values of ``x`` (any shape, floating dtype) and return ``x``."""
