@@ -6,6 +6,7 @@ constructor, and unlike a ``functools.partial`` it compares, hashes, pickles and
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,10 @@ class ObserverBase(nn.Module):
     is_dynamic: bool
     has_explicit_range: bool
 
+    #: Whether what it finds for a channel depends on that channel alone, but that a channel of zeros may take the scale
+    #: of its neighbours; then ``convert_fx`` may show it the channels of several weights at once.
+    treats_channels_apart = False
+
     def __init__(
         self,
         dtype: torch.dtype = torch.uint8,
@@ -129,6 +134,17 @@ class ObserverBase(nn.Module):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale (float32) and the zero point (int64): 0-d, or one entry for each channel."""
         raise NotImplementedError(f"{type(self).__name__} gives no qparams")
+
+    @classmethod
+    def calculate_all(cls, observers: Sequence["ObserverBase"]) -> list[tuple[Tensor, Tensor]]:
+        """What ``calculate_qparams`` gives for each of several observers of this class.
+
+        ``convert_fx`` asks for all at once; an observer whose work is less for many together overrides it.
+
+        Args:
+            observers: all of this very class.
+        """
+        return [observer.calculate_qparams() for observer in observers]
 
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` as integers with the observer's qparams, each value rounded to the nearest step.
