@@ -22,9 +22,9 @@ from qcore.fx.graph_module import (
     set_tensor,
     submodule,
 )
+from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import activation_inputs, operator_of
-from qcore.fx.tracer import is_impure
 from qcore.fx.weights import FloatWeight, IntegerWeight, quantize_weights
 from qcore.observer import ObserverBase
 from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
@@ -100,7 +100,7 @@ class _Conversion:
         self.plan = preparation.plan
         self.observers = observers
         self.kernels = kernels
-        self.graph = copy.deepcopy(prepared.graph)
+        self.graph = copied_graph(prepared.graph)
         self.root = nn.Module()
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.qparam_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
@@ -127,21 +127,21 @@ class _Conversion:
             reader = self.nodes[name]
             (value,) = activation_inputs(reader)
             with self.graph.inserting_before(reader):
-                rounded = self.graph.call_function(ops.dynamic_quantize_dequantize, (value, *bounds))
+                rounded = new_node(self.graph, "call_function", ops.dynamic_quantize_dequantize, (value, *bounds))
             reader.replace_input_with(value, rounded)
         for node, number in observer_nodes(self.prepared, self.plan):
             self.replace_observer(self.nodes[node.name], number)
         for name, number in self.plan.shared.items():
             node = self.nodes[name]
             with self.graph.inserting_after(node):
-                marker = self.graph.create_node("call_function", torch.detach, (node,))
+                marker = new_node(self.graph, "call_function", torch.detach, (node,))
             node.replace_all_uses_with(marker, delete_user_cb=lambda user, marker=marker: user is not marker)
             self.replace_observer(marker, number)
         for name in self.plan.absorbed:
             clamp = self.nodes[name]
             clamp.replace_all_uses_with(clamp.all_input_nodes[0])
             self.graph.erase_node(clamp)
-        self.graph.eliminate_dead_code(is_impure)
+        drop_unread(self.graph)
         self.take_attributes()
         plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
         module = QGraphModule.of(self.root, self.graph, is_raw=True)
@@ -186,8 +186,8 @@ class _Conversion:
             self.root.register_buffer(f"{name}_zero_point", zero_point.detach().clone())
             with self.graph.inserting_before(before):
                 self.qparam_nodes[number] = (
-                    self.graph.create_node("get_attr", f"{name}_scale"),
-                    self.graph.create_node("get_attr", f"{name}_zero_point"),
+                    new_node(self.graph, "get_attr", f"{name}_scale"),
+                    new_node(self.graph, "get_attr", f"{name}_zero_point"),
                 )
         return self.qparam_nodes[number]
 
@@ -198,10 +198,13 @@ class _Conversion:
         tensor = self.plan.tensors[number]
         low, high = self.bounds(value.name, number, tensor)
         with self.graph.inserting_before(node):
-            quantized = self.graph.call_function(
-                ops.quantize_per_tensor, (value, scale, zero_point, low, high, tensor.traits.dtype)
+            quantized = new_node(
+                self.graph,
+                "call_function",
+                ops.quantize_per_tensor,
+                (value, scale, zero_point, low, high, tensor.traits.dtype),
             )
-            result = self.graph.call_function(ops.dequantize_per_tensor, (quantized, scale, zero_point))
+            result = new_node(self.graph, "call_function", ops.dequantize_per_tensor, (quantized, scale, zero_point))
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
 
@@ -211,17 +214,19 @@ class _Conversion:
         Rounding is monotone, so to clamp and then quantize is to quantize and then clamp between the bounds' integers.
         """
         low, high = tensor.quant_min, tensor.quant_max
-        scale, zero_point = self.qparams[number]
         for name in self.clamps_before.get(value, ()):
-            for position in (1, 2):
-                bound = self.nodes[name].args[position]
-                if bound is None:
-                    continue
-                cut = int(ops.quantize_per_tensor(
-                    torch.tensor(float(bound)), scale, zero_point, tensor.quant_min, tensor.quant_max, torch.int32
-                ))  # fmt: skip
-                low, high = (max(low, cut), high) if position == 1 else (low, min(high, cut))
+            _, least, most = self.nodes[name].args[:3]
+            low = low if least is None else max(low, self.integer(float(least), number))
+            high = high if most is None else min(high, self.integer(float(most), number))
         return low, high
+
+    def integer(self, value: float, number: int) -> int:
+        """The integer that stands for a real number with some qparams."""
+        scale, zero_point = self.qparams[number]
+        low, high = self.plan.tensors[number].quant_min, self.plan.tensors[number].quant_max
+        if value == 0:  # As most bounds are; it needs no tensor.
+            return min(max(int(zero_point), low), high)
+        return int(ops.quantize_per_tensor(torch.tensor(value), scale, zero_point, low, high, torch.int32))
 
     def quantize_weights(self) -> None:
         """Let every planned operator read integers; a weight that several operators read alike is stored once."""
@@ -260,9 +265,9 @@ class _Conversion:
         dequantize = ops.dequantize_per_tensor if weight.axis is None else ops.dequantize_per_channel
         with self.graph.inserting_before(source):
             attributes = [
-                self.graph.create_node("get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
+                new_node(self.graph, "get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
             ]
-            return self.graph.call_function(dequantize, (*attributes, *axis))
+            return new_node(self.graph, "call_function", dequantize, (*attributes, *axis))
 
     def is_taken(self, stem: str, number: int) -> bool:
         """Whether a name for integers, or one for their qparams, belongs to something else already."""

@@ -15,6 +15,7 @@ from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, has_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
+from qcore.fx.nodes import new_node
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
 
@@ -136,7 +137,7 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
         node = old
     else:
         with module.graph.inserting_before(reader):
-            node = module.graph.create_node("get_attr", target)
+            node = new_node(module.graph, "get_attr", target)
     node.meta["example"] = Example(tuple(value.shape), value.dtype)
     return node
 

@@ -3,7 +3,8 @@
 import copy
 import importlib
 import pickle
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,7 +118,7 @@ class QGraphModule(fx.GraphModule):
         """Make the code anew; that of a raw module is made when it is first called."""
         if not vars(self).get("_is_raw"):
             return super().recompile()
-        type(self).forward = _finish_and_run
+        type(self).forward = _ForwardWhenAsked(self)  # type: ignore[assignment]
         return None
 
     def finish(self) -> None:
@@ -170,9 +171,20 @@ class FloatFallback(nn.Module):
             return self.float_model(*args, **kwargs)
 
 
-def _finish_and_run(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-    self.finish()
-    return self.forward(*args, **kwargs)
+class _ForwardWhenAsked:
+    """The forward of a raw module: whoever looks at it (a call, a tracer, a compiler) has the code made.
+
+    Every GraphModule has a class of its own, so that the class alone tells which module is meant.
+    """
+
+    def __init__(self, module: QGraphModule) -> None:
+        self.module = weakref.ref(module)
+
+    def __get__(self, instance: QGraphModule | None, owner: type[QGraphModule]) -> Callable[..., Any]:
+        module = self.module()
+        assert module is not None
+        module.finish()
+        return owner.forward if instance is None else instance.forward
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from qcore.observer.range_search import Histogram, ranges_of_least_error
 #: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
 SAMPLE_LIMIT = 1 << 19
 
+#: A tensor with a smaller range has qparams that a range beside it would change: they aren't computed together.
+_LEAST_RANGE = 1e-30
+
 
 class HistogramObserver(RangeObserver):
     """Keeps a histogram and gives the range of least squared quantization error.
@@ -151,6 +154,11 @@ def _choose(observers: Sequence[HistogramObserver]) -> None:
     for (quant_min, quant_max, dtype, qscheme, eps), members in alike.items():
         middle = symmetric_zero_point(dtype, quant_min, quant_max) if qscheme.symmetric else None
         ranges = ranges_of_least_error([observer.seen() for observer in members], (quant_min, quant_max), middle)
-        for observer, (low, high) in zip(members, ranges, strict=True):
-            arguments = (quant_min, quant_max, dtype, qscheme, eps)
-            observer._chosen = qparams_from_range(torch.tensor(low), torch.tensor(high), *arguments)
+        arguments = (quant_min, quant_max, dtype, qscheme, eps)
+        usual = [number for number, (low, high) in enumerate(ranges) if max(-low, high) > _LEAST_RANGE]
+        low, high = (torch.tensor([ranges[number][end] for number in usual]) for end in (0, 1))
+        for number, scale, zero_point in zip(usual, *qparams_from_range(low, high, *arguments), strict=True):
+            members[number]._chosen = scale.clone(), zero_point.clone()  # A part of a tensor would keep all of it.
+        for number in set(range(len(members))).difference(usual):
+            low, high = (torch.tensor(end) for end in ranges[number])
+            members[number]._chosen = qparams_from_range(low, high, *arguments)
