@@ -244,8 +244,10 @@ def convert_fx(
         raise NotSupportedError(
             "convert_fx(keep_original_weights=True) isn't supported yet; the prepared model keeps them"
         )
-    references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
-    return _with_parts(graph_module, {path: _lowered(reference) for path, reference in references.items()}, "converted")
+    with _garbage_left_alone():
+        references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+        converted = {path: _lowered(reference) for path, reference in references.items()}
+        return _with_parts(graph_module, converted, "converted")
 
 
 def convert_to_reference_fx(
@@ -260,8 +262,9 @@ def convert_to_reference_fx(
     It runs on every machine, exports, and defines what the backends' kernels must compute. Arguments and errors are
     those of :func:`convert_fx`.
     """
-    references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
-    return _with_parts(graph_module, references, "reference")
+    with _garbage_left_alone():
+        references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+        return _with_parts(graph_module, references, "reference")
 
 
 def fuse_fx(
