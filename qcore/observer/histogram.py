@@ -18,6 +18,9 @@ from qcore.observer.range_search import Histogram, ranges_of_least_error
 #: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
 SAMPLE_LIMIT = 1 << 19
 
+#: Observers whose ranges are searched together.
+_TOGETHER = 256
+
 #: A tensor with a smaller range has qparams that a range beside it would change: they aren't computed together.
 _LEAST_RANGE = 1e-30
 
@@ -105,7 +108,9 @@ class HistogramObserver(RangeObserver):
     @classmethod
     def calculate_all(cls, observers: Sequence[ObserverBase]) -> list[tuple[Tensor, Tensor]]:
         """The qparams of several observers, whose searches are made together."""
-        _choose([o for o in observers if isinstance(o, HistogramObserver) and o._chosen is None and o.has_data])
+        undecided = [o for o in observers if isinstance(o, HistogramObserver) and o._chosen is None and o.has_data]
+        for start in range(0, len(undecided), _TOGETHER):  # Not all at once: each histogram is copied.
+            _choose(undecided[start : start + _TOGETHER])
         return super().calculate_all(observers)
 
     def seen(self) -> Histogram:
