@@ -5,6 +5,7 @@ computes as one, with the :class:`DTypeConfig` that it accepts. Operators may be
 or a method name; qcore reads all forms of one operator as the same (``nn.ReLU``, ``F.relu``, ``"relu"``).
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -96,7 +97,12 @@ class DTypeConfig:
 
 
 def _with_constraints(dtype: torch.dtype | DTypeWithConstraints | None) -> DTypeWithConstraints:
-    return dtype if isinstance(dtype, DTypeWithConstraints) else DTypeWithConstraints(dtype)
+    return dtype if isinstance(dtype, DTypeWithConstraints) else _unconstrained(dtype)
+
+
+@functools.cache
+def _unconstrained(dtype: torch.dtype | None) -> DTypeWithConstraints:
+    return DTypeWithConstraints(dtype)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def canonical_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"expected a torch.dtype such as torch.uint8 or torch.int8, found {dtype!r}")
+    if dtype in _SHORT_NAMES:
+        return dtype
     known = _QUANTIZED_DTYPE_NAMES.get(str(dtype))
     if known is not None:
         return known

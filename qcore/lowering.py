@@ -18,8 +18,8 @@ from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
+from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
-from qcore.fx.tracer import is_impure
 from qcore.replay.executor import forget_recordings
 
 # Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
@@ -314,9 +314,7 @@ class _Lowering:
         self.reference = reference
         self.preparation = preparation
         self.enter, self.leave = enter, leave
-        self.graph = fx.Graph()
-        self.graph.output(self.graph.graph_copy(reference.graph, {}))
-        self.graph.set_codegen(reference.graph._codegen)
+        self.graph = copied_graph(reference.graph)
         self.root = nn.Module()
         self.integers: dict[fx.Node, _Integers] = {}
         self.kernels: dict[str, str] = {}
@@ -354,12 +352,12 @@ class _Lowering:
                 node.args = fx.map_arg(node.args, lambda n: self.integers[n].node if n in self.integers else n)
             else:
                 self.move(node)
-        self.graph.eliminate_dead_code(is_impure)
+        drop_unread(self.graph)
         self.cross_boundaries()
-        self.graph.eliminate_dead_code(is_impure)
+        drop_unread(self.graph)
         self.take_attributes()
         plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
-        module = QGraphModule.of(self.root, self.graph)
+        module = QGraphModule.of(self.root, self.graph, is_raw=True)
         module.train(self.reference.training)
         for name in self.preparation.preserved:
             setattr(module, name, getattr(self.reference, name))
@@ -518,7 +516,7 @@ class _Lowering:
         if op is PAD and node.args[2] == "constant":
             args = (*args[:3], self.qparams_by_key(values[0].key).zero_point)
         with self.graph.inserting_after(node):
-            moved = self.graph.create_node("call_function", op.function, args)
+            moved = new_node(self.graph, "call_function", op.function, args)
         self.integers[node] = _Integers(moved, values[0].key)
         if op in (CHUNK, SPLIT):  # No quantize follows, only the getitems that take its parts out.
             self.kernels.setdefault(node.name, _AS_THEY_ARE)
@@ -546,7 +544,7 @@ class _Lowering:
             number += 1
             name = f"{name}_{number}"
         self.root.add_module(name, module)
-        return self.graph.create_node("call_module", name, args)
+        return new_node(self.graph, "call_module", name, args)
 
     def take_attributes(self) -> None:
         """Take what is left of the reference model; modules first, since a tensor may be one of theirs."""

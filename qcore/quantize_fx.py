@@ -1,10 +1,8 @@
 """The verbs: prepare_fx, convert_fx, convert_to_reference_fx, fuse_fx, explain, and the default mappings."""
 
 import copy
-import gc
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,25 +22,20 @@ from qcore.errors import (
 )
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
-from qcore.fx.expand import expand
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
 from qcore.fx.graph_module import (
     PARTIAL,
     FloatFallback,
     PartialPreparation,
-    Preparation,
     QGraphModule,
-    own_modules,
-    own_tensors,
 )
-from qcore.fx.observe import observe
-from qcore.fx.parts import Part, comparable, copy_of, find_parts, plain_attributes, replace_modules
-from qcore.fx.plan import Refusal, make_plan
+from qcore.fx.parts import comparable, copy_of, find_parts, replace_modules
+from qcore.fx.plan import Refusal
+from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
-from qcore.fx.shapes import propagate_examples, run_model
+from qcore.fx.shapes import run_model
 from qcore.fx.tracer import trace
 from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
-from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import PythonModule, QuantizationPlan, joined_plan
 
@@ -122,8 +115,11 @@ def prepare_fx(
     with comparable():
         expected = run_model(model, args, kwargs)
     is_custom_config = backend_config is not None and backend is None
-    preparer = _Preparer(resolver, traits, chosen, config, is_custom_config, custom.preserved_attributes)
-    with _garbage_left_alone():
+    preparer = Preparer(
+        resolver, traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
+        custom.preserved_attributes,
+    )  # fmt: skip
+    with garbage_left_alone():
         with comparable():
             found = find_parts(
                 model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
@@ -148,73 +144,6 @@ def prepare_fx(
     if custom.guard_failure == "float":
         result = FloatFallback(result, copy_of(model))
     return result
-
-
-@contextmanager
-def _garbage_left_alone() -> Iterator[None]:
-    """Keep Python from looking for cycles: what a pass makes stays, and looking takes a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-class _Preparer:
-    """Takes traced parts to prepared ones."""
-
-    def __init__(
-        self,
-        resolver: Resolver,
-        traits: dict[ObserverConstructor, ObserverTraits],
-        backend: Backend,
-        config: BackendConfig,
-        is_custom_config: bool,
-        preserved: Sequence[str],
-    ) -> None:
-        self.resolver = resolver
-        self.traits = traits
-        self.backend = backend
-        self.config = config
-        self.is_custom_config = is_custom_config
-        self.preserved = tuple(preserved)
-        self.refusals: list[Refusal] = []
-        self.plans: dict[str, QuantizationPlan] = {}
-
-    @property
-    def quantizes_anything(self) -> bool:
-        return any(plan.quantized for plan in self.plans.values())
-
-    def prepare(self, part: Part) -> QGraphModule:
-        graph = part.graph
-        before = set(graph.graph.nodes)
-        memo: dict[int, Any] = {}
-        if not part.path:  # A part of a model that stays Python shares what is a copy already.
-            own_modules(graph, part.module, memo)
-        expand(graph)
-        fuse(graph, self.backend.fusion_patterns())
-        if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
-            propagate_examples(graph, part.examples)
-        if not part.path:
-            own_tensors(graph, part.module, memo)
-        plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend.name, self.config)
-        self.refusals.extend(refusals)
-        self.plans[part.path] = plan
-        plan = observe(graph, plan, self.backend.observers())
-        graph.train(part.module.training)
-        if part.path:  # The model around it goes on reading what it read.
-            preserved = (*plain_attributes(part.module), *part.kept)
-            vars(graph).update(plain_attributes(part.module))
-        else:
-            preserved = self.preserved
-            for name in preserved:
-                setattr(graph, name, copy.deepcopy(getattr(part.module, name)))
-        preparation = Preparation(
-            "prepared", plan, self.backend.name, self.config, self.is_custom_config, preserved, part.path
-        )
-        return graph.with_preparation(preparation)
 
 
 def convert_fx(
@@ -244,8 +173,10 @@ def convert_fx(
         raise NotSupportedError(
             "convert_fx(keep_original_weights=True) isn't supported yet; the prepared model keeps them"
         )
-    references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
-    return _with_parts(graph_module, {path: _lowered(reference) for path, reference in references.items()}, "converted")
+    with garbage_left_alone():
+        references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+        converted = {path: _lowered(reference) for path, reference in references.items()}
+        return _with_parts(graph_module, converted, "converted")
 
 
 def convert_to_reference_fx(
@@ -260,8 +191,9 @@ def convert_to_reference_fx(
     It runs on every machine, exports, and defines what the backends' kernels must compute. Arguments and errors are
     those of :func:`convert_fx`.
     """
-    references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
-    return _with_parts(graph_module, references, "reference")
+    with garbage_left_alone():
+        references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+        return _with_parts(graph_module, references, "reference")
 
 
 def fuse_fx(

@@ -25,6 +25,10 @@ def prepare(model, x, mapping=MAPPING):
     return prepared
 
 
+def prepare_only(model, x):
+    return qcore.prepare_fx(model.eval(), MAPPING, (x,), backend="reference")
+
+
 def convert(model, x, mapping=MAPPING):
     return qcore.convert_to_reference_fx(prepare(model, x, mapping))
 
@@ -183,6 +187,16 @@ def test_the_prepared_model_computes_what_the_float_model_does():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)).eval()
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(prepare(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("make", [prepare_only, convert, lambda model, x: qcore.convert_fx(prepare(model, x))])
+def test_whoever_looks_at_a_model_before_its_first_call_finds_its_code(make):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(2, 4)
+    expected = make(model, x)(x)
+    assert "activation_post_process" in make(model, x).code
+    assert "activation_post_process" in str(make(model, x))
+    assert torch.equal(type(made := make(model, x)).forward(made, x), expected)
+    assert torch.equal(copy.deepcopy(make(model, x))(x), expected)
 
 
 def test_the_reference_model_exports():

@@ -322,3 +322,15 @@ def test_no_pair_of_weights_exceeds_the_limit_and_quiet_channels_are_left_alone(
     assert limited.growth[0] == 1.0
     assert 1.9 < limited.growth[1] < 2.1
     assert (limited.growth <= 2.1).all()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.int8, "qscheme": QScheme.per_tensor_symmetric}])
+def test_qparams_found_together_are_those_found_one_by_one(arguments):
+    torch.manual_seed(0)
+    batches = [distribution() * 10.0 ** (number % 5 - 2) for number, distribution in enumerate(DISTRIBUTIONS.values())]
+    batches += [torch.zeros(3), torch.tensor([1e-40]), torch.tensor([-2.0]), torch.randn(70_000), torch.randn(5)]
+    observers = [seen(HistogramObserver(**arguments), batch) for batch in batches]
+    alone = [qparams(copy.deepcopy(observer)) for observer in observers]
+    together = HistogramObserver.calculate_all(observers)
+    assert [(scale.tolist(), zero_point.tolist()) for scale, zero_point in together] == alone
+    assert [qparams(observer) for observer in observers] == alone

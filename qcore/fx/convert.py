@@ -22,11 +22,12 @@ from qcore.fx.graph_module import (
     set_tensor,
     submodule,
 )
-from qcore.fx.observe import make_observer, observer_nodes
+from qcore.fx.nodes import copied_graph, drop_unread, new_node
+from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import activation_inputs, operator_of
-from qcore.fx.tracer import is_impure
+from qcore.fx.weights import FloatWeight, IntegerWeight, quantize_weights
 from qcore.observer import ObserverBase
-from qcore.quantization_plan import QuantizationPlan, QuantizedTensor, WeightQuantization
+from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
 
 
 def convert_to_reference(
@@ -69,6 +70,23 @@ def _check_calibration(observers: dict[int, ObserverBase], plan: QuantizationPla
         )
 
 
+def _all_qparams(observers: dict[int, ObserverBase]) -> dict[int, tuple[Tensor, Tensor]]:
+    by_class: dict[type[ObserverBase], list[int]] = {}
+    for number, observer in observers.items():
+        by_class.setdefault(type(observer), []).append(number)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for observer_class, numbers in by_class.items():
+        found.update(zip(numbers, observer_class.calculate_all([observers[n] for n in numbers]), strict=True))
+    return {number: found[number] for number in observers}
+
+
+def weight_position(node: fx.Node) -> int:
+    """Which argument of an operator with a weight that is."""
+    op = operator_of(node)
+    assert op is not None and op.weight is not None
+    return op.weight
+
+
 class _Conversion:
     def __init__(
         self,
@@ -82,16 +100,15 @@ class _Conversion:
         self.plan = preparation.plan
         self.observers = observers
         self.kernels = kernels
-        self.graph = copy.deepcopy(prepared.graph)
+        self.graph = copied_graph(prepared.graph)
         self.root = nn.Module()
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.qparam_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
-        self.weight_nodes: dict[tuple[str, QuantizedTensor], fx.Node] = {}
         self.quantized_readers = {weight.node for weight in self.plan.weights}
         self.clamps_before: dict[str, list[str]] = {}
         for clamp, result in self.plan.absorbed.items():
             self.clamps_before.setdefault(result, []).append(clamp)
-        self.qparams = {number: observer.calculate_qparams() for number, observer in observers.items()}
+        self.qparams = _all_qparams(observers)
         self.notes: list[str] = []
         self.memo: dict[int, object] = {}
         observers_called = set(self.plan.observers.values())
@@ -105,30 +122,29 @@ class _Conversion:
         self.check_scales()
         self.report_nonfinite()
         self.take_modules()
-        for weight in self.plan.weights:
-            self.quantize_weight(weight)
+        self.quantize_weights()
         for name, bounds in self.plan.dynamic.items():
             reader = self.nodes[name]
             (value,) = activation_inputs(reader)
             with self.graph.inserting_before(reader):
-                rounded = self.graph.call_function(ops.dynamic_quantize_dequantize, (value, *bounds))
+                rounded = new_node(self.graph, "call_function", ops.dynamic_quantize_dequantize, (value, *bounds))
             reader.replace_input_with(value, rounded)
         for node, number in observer_nodes(self.prepared, self.plan):
             self.replace_observer(self.nodes[node.name], number)
         for name, number in self.plan.shared.items():
             node = self.nodes[name]
             with self.graph.inserting_after(node):
-                marker = self.graph.create_node("call_function", torch.detach, (node,))
+                marker = new_node(self.graph, "call_function", torch.detach, (node,))
             node.replace_all_uses_with(marker, delete_user_cb=lambda user, marker=marker: user is not marker)
             self.replace_observer(marker, number)
         for name in self.plan.absorbed:
             clamp = self.nodes[name]
             clamp.replace_all_uses_with(clamp.all_input_nodes[0])
             self.graph.erase_node(clamp)
-        self.graph.eliminate_dead_code(is_impure)
+        drop_unread(self.graph)
         self.take_attributes()
         plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
-        module = QGraphModule.of(self.root, self.graph)
+        module = QGraphModule.of(self.root, self.graph, is_raw=True)
         module.train(self.prepared.training)
         for name in self.preparation.preserved:
             setattr(module, name, copy.deepcopy(getattr(self.prepared, name)))
@@ -170,8 +186,8 @@ class _Conversion:
             self.root.register_buffer(f"{name}_zero_point", zero_point.detach().clone())
             with self.graph.inserting_before(before):
                 self.qparam_nodes[number] = (
-                    self.graph.create_node("get_attr", f"{name}_scale"),
-                    self.graph.create_node("get_attr", f"{name}_zero_point"),
+                    new_node(self.graph, "get_attr", f"{name}_scale"),
+                    new_node(self.graph, "get_attr", f"{name}_zero_point"),
                 )
         return self.qparam_nodes[number]
 
@@ -182,10 +198,13 @@ class _Conversion:
         tensor = self.plan.tensors[number]
         low, high = self.bounds(value.name, number, tensor)
         with self.graph.inserting_before(node):
-            quantized = self.graph.call_function(
-                ops.quantize_per_tensor, (value, scale, zero_point, low, high, tensor.traits.dtype)
+            quantized = new_node(
+                self.graph,
+                "call_function",
+                ops.quantize_per_tensor,
+                (value, scale, zero_point, low, high, tensor.traits.dtype),
             )
-            result = self.graph.call_function(ops.dequantize_per_tensor, (quantized, scale, zero_point))
+            result = new_node(self.graph, "call_function", ops.dequantize_per_tensor, (quantized, scale, zero_point))
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
 
@@ -195,57 +214,60 @@ class _Conversion:
         Rounding is monotone, so to clamp and then quantize is to quantize and then clamp between the bounds' integers.
         """
         low, high = tensor.quant_min, tensor.quant_max
-        scale, zero_point = self.qparams[number]
         for name in self.clamps_before.get(value, ()):
-            for position in (1, 2):
-                bound = self.nodes[name].args[position]
-                if bound is None:
-                    continue
-                cut = int(ops.quantize_per_tensor(
-                    torch.tensor(float(bound)), scale, zero_point, tensor.quant_min, tensor.quant_max, torch.int32
-                ))  # fmt: skip
-                low, high = (max(low, cut), high) if position == 1 else (low, min(high, cut))
+            _, least, most = self.nodes[name].args[:3]
+            low = low if least is None else max(low, self.integer(float(least), number))
+            high = high if most is None else min(high, self.integer(float(most), number))
         return low, high
 
-    def quantize_weight(self, planned: WeightQuantization) -> None:
-        node = self.nodes[planned.node]
-        op = operator_of(node)
-        assert op is not None and op.weight is not None
-        source = node.args[op.weight]
-        assert isinstance(source, fx.Node)
-        key = (str(source.target), planned.tensor)
-        if key not in self.weight_nodes:
-            self.weight_nodes[key] = self.integer_weight(source, planned.tensor)
-        args = list(node.args)
-        args[op.weight] = self.weight_nodes[key]
-        node.args = tuple(args)
+    def integer(self, value: float, number: int) -> int:
+        """The integer that stands for a real number with some qparams."""
+        scale, zero_point = self.qparams[number]
+        low, high = self.plan.tensors[number].quant_min, self.plan.tensors[number].quant_max
+        if value == 0:  # As most bounds are; it needs no tensor.
+            return min(max(int(zero_point), low), high)
+        return int(ops.quantize_per_tensor(torch.tensor(value), scale, zero_point, low, high, torch.int32))
 
-    def integer_weight(self, source: fx.Node, tensor: QuantizedTensor) -> fx.Node:
-        """Store a weight as integers and return the node that dequantizes it."""
-        target = str(source.target)
-        weight: Tensor = get_attribute(self.prepared, target).detach()
-        observer = make_observer(tensor, self.kernels)
-        observer(weight)
-        if observer.nonfinite_count or not observer.has_data:
-            raise ConfigError(f"the weight {target} holds NaN or infinity; it can't be quantized")
-        scale, zero_point = observer.calculate_qparams()
-        per_channel = observer.qscheme.per_channel
-        axis = (int(getattr(observer, "ch_axis", 0)),) if per_channel else ()
-        dequantize = ops.dequantize_per_channel if per_channel else ops.dequantize_per_tensor
-        integers = observer.quantize(weight)
-        stem = target
+    def quantize_weights(self) -> None:
+        """Let every planned operator read integers; a weight that several operators read alike is stored once."""
+        readers: dict[tuple[str, QuantizedTensor], list[fx.Node]] = {}
+        for planned in self.plan.weights:
+            reader = self.nodes[planned.node]
+            readers.setdefault((str(self.weight_source(reader).target), planned.tensor), []).append(reader)
+        found = quantize_weights(
+            [FloatWeight(name, get_attribute(self.prepared, name).detach(), tensor) for name, tensor in readers],
+            self.kernels,
+        )
+        for weight, nodes in zip(found, readers.values(), strict=True):
+            dequantize = self.store_weight(weight, self.weight_source(nodes[0]))
+            for node in nodes:
+                args = list(node.args)
+                args[weight_position(node)] = dequantize
+                node.args = tuple(args)
+
+    @staticmethod
+    def weight_source(reader: fx.Node) -> fx.Node:
+        source = reader.args[weight_position(reader)]
+        assert isinstance(source, fx.Node)
+        return source
+
+    def store_weight(self, weight: IntegerWeight, source: fx.Node) -> fx.Node:
+        """Keep integers in the place of a float weight and return the node that dequantizes them."""
+        target = stem = str(source.target)
         number = 0
         while self.is_taken(stem, number) or (number == 0 and self.is_read_as_float(source)):
             number += 1
             stem = f"{target}_int{number}"
-        set_tensor(self.root, stem, integers)
-        set_tensor(self.root, f"{stem}_scale", scale)
-        set_tensor(self.root, f"{stem}_zero_point", zero_point)
+        set_tensor(self.root, stem, weight.values)
+        set_tensor(self.root, f"{stem}_scale", weight.scale)
+        set_tensor(self.root, f"{stem}_zero_point", weight.zero_point)
+        axis = () if weight.axis is None else (weight.axis,)
+        dequantize = ops.dequantize_per_tensor if weight.axis is None else ops.dequantize_per_channel
         with self.graph.inserting_before(source):
             attributes = [
-                self.graph.create_node("get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
+                new_node(self.graph, "get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
             ]
-            return self.graph.call_function(dequantize, (*attributes, *axis))
+            return new_node(self.graph, "call_function", dequantize, (*attributes, *axis))
 
     def is_taken(self, stem: str, number: int) -> bool:
         """Whether a name for integers, or one for their qparams, belongs to something else already."""

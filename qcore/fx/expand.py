@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qcore.fx.graph_module import QGraphModule, get_attribute, has_attribute, set_tensor
+from qcore.fx.nodes import drop_unread, new_node
 from qcore.fx.operators import CHUNK, LINEAR, MATMUL, RESHAPE, SOFTMAX, TRANSPOSE, operator_of
 from qcore.fx.shapes import Example
-from qcore.fx.tracer import is_impure
 
 _CONSTANT_FUNCTIONS = ("torch", "torch._C", "torch._C._nn", "torch._C._linalg", "torch.nn.functional", "_operator")
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal")
@@ -31,7 +31,7 @@ def expand(module: QGraphModule) -> bool:
     for node in list(module.graph.nodes):
         changed |= any(rewrite(module, node) for rewrite in (_attention, _constant, _product_with_a_matrix))
     if changed:
-        module.graph.eliminate_dead_code(is_impure)
+        drop_unread(module.graph)
         _drop_unread_tensors(module)
     return changed
 
@@ -237,7 +237,7 @@ class _Builder:
 
     def _new(self, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
         with self.module.graph.inserting_before(self.node):
-            made = self.module.graph.create_node(op, target, args)
+            made = new_node(self.module.graph, op, target, args)
         if op != "get_attr" and "origin" in self.node.meta:
             made.meta["origin"] = self.node.meta["origin"]
         return made

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, get_attribute, has_attribute, set_tensor, submodule
+from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, has_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
+from qcore.fx.nodes import new_node
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
 
@@ -49,7 +50,7 @@ def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModul
     module_types: dict[str, type[nn.Module]] = {}
     for node in list(module.graph.nodes):
         if node.op == "call_module":
-            module_types[str(node.target)] = type(module.get_submodule(str(node.target)))
+            module_types[str(node.target)] = type(submodule(module, str(node.target)))
         for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
             chain = _chain(node, keys, module_types)
             if chain is not None and pattern.rewrite(module, chain):
@@ -86,14 +87,14 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     bias, mean, var, gamma, beta = tensors[1:]
     if mean is None or var is None:
         return False
-    rsqrt = torch.rsqrt(var + norm.args[7])
-    gamma = torch.ones_like(mean) if gamma is None else gamma
-    beta = torch.zeros_like(mean) if beta is None else beta
-    bias = torch.zeros_like(mean) if bias is None else bias
     groups = int(weighted.args[6]) if op in CONV_TRANSPOSE else 1  # type: ignore[arg-type]
     with torch.no_grad():
-        folded_weight = weight * _per_output_channel(gamma * rsqrt, weight, op in CONV_TRANSPOSE, groups)
-        folded_bias = (bias - mean) * rsqrt * gamma + beta
+        rsqrt = torch.rsqrt(var + norm.args[7])
+        factor = rsqrt if gamma is None else gamma * rsqrt
+        folded_weight = weight * _per_output_channel(factor, weight, op in CONV_TRANSPOSE, groups)
+        folded_bias = (-mean if bias is None else bias - mean) * rsqrt
+        folded_bias = folded_bias if gamma is None else folded_bias * gamma
+        folded_bias = folded_bias if beta is None else folded_bias + beta
     weight_node = parameters[0]
     assert isinstance(weight_node, fx.Node)
     new_weight = _replaced(module, weighted, weight_node, str(weight_node.target), folded_weight)
@@ -106,11 +107,12 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     weighted.args = tuple(args)
     norm.replace_all_uses_with(weighted)
     module.graph.erase_node(norm)
-    for node in dict.fromkeys(v for v in parameters if isinstance(v, fx.Node)):
+    for node in dict.fromkeys(present):
+        assert isinstance(node, fx.Node)
         if not node.users:
             module.graph.erase_node(node)
             if node.target not in (new_weight.target, new_bias.target):
-                _delete(module, str(node.target))
+                delete_tensor(module, str(node.target))
     return True
 
 
@@ -131,15 +133,13 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
             number += 1
         target = f"{target}_folded_{number}"
     set_tensor(module, target, nn.Parameter(value, requires_grad=value.requires_grad))
-    with module.graph.inserting_before(reader):
-        node = module.graph.create_node("get_attr", target)
+    if isinstance(old, fx.Node) and not is_taken:
+        node = old
+    else:
+        with module.graph.inserting_before(reader):
+            node = new_node(module.graph, "get_attr", target)
     node.meta["example"] = Example(tuple(value.shape), value.dtype)
     return node
-
-
-def _delete(module: nn.Module, target: str) -> None:
-    owner, _, name = target.rpartition(".")
-    delattr(submodule(module, owner), name)
 
 
 #: Folding of batch norms; what a backend's ``qcore_fusion_patterns`` usually returns, alone or with its own.

@@ -3,7 +3,8 @@
 import copy
 import importlib
 import pickle
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +85,10 @@ class QGraphModule(fx.GraphModule):
     def replay_calls(self) -> None:
         """Let a converted module run without Python between its operators, wherever that gives the same."""
         preparation = vars(self).get("meta", {}).get("qcore")
-        forward = type(self).forward
-        if preparation is not None and preparation.stage == "converted" and forward not in (_replay, _finish_and_run):
-            vars(self)["_executor"] = Executor(self, forward)
+        if preparation is None or preparation.stage != "converted" or vars(self).get("_is_raw"):
+            return
+        if type(self).forward is not _replay:
+            vars(self)["_executor"] = Executor(self, type(self).forward)
             type(self).forward = _replay
 
     @staticmethod
@@ -96,9 +98,11 @@ class QGraphModule(fx.GraphModule):
         Args:
             root: holds just what the graph refers to.
             graph: becomes the module's own.
-            is_raw: leave out the code until ``finish``: passes that only change the graph needn't pay for it.
+            is_raw: leave out the code until it is needed: passes that only change the graph needn't pay for it.
         """
-        module = QGraphModule(nn.Module(), fx.Graph())
+        module = QGraphModule.__new__(QGraphModule)
+        vars(module)["_is_raw"] = True  # There is no need for the code of an empty graph.
+        module.__init__(nn.Module(), fx.Graph())  # type: ignore[misc]
         module._modules.update(root._modules)
         module._parameters.update(root._parameters)
         module._buffers.update(root._buffers)
@@ -107,10 +111,24 @@ class QGraphModule(fx.GraphModule):
         module.graph = graph
         return module
 
+    @property
+    def code(self) -> str:
+        """The generated code; that of a raw module is made now."""
+        self._finish_if_raw()
+        return super().code
+
+    def __str__(self) -> str:
+        self._finish_if_raw()
+        return super().__str__()
+
+    def _finish_if_raw(self) -> None:
+        if vars(self).get("_is_raw"):
+            self.finish()
+
     def recompile(self) -> Any:
         """Make the code anew; that of a raw module is made when it is first called."""
         if vars(self).get("_is_raw"):
-            type(self).forward = _finish_and_run
+            type(self).forward = _ForwardWhenAsked(self)  # type: ignore[assignment]
             return None
         code = super().recompile()
         self.replay_calls()
@@ -167,9 +185,20 @@ class FloatFallback(nn.Module):
             return self.float_model(*args, **kwargs)
 
 
-def _finish_and_run(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-    self.finish()
-    return self.forward(*args, **kwargs)
+class _ForwardWhenAsked:
+    """The forward of a raw module: whoever looks at it (a call, a tracer, a compiler) has the code made.
+
+    Every GraphModule has a class of its own, so that the class alone tells which module is meant.
+    """
+
+    def __init__(self, module: QGraphModule) -> None:
+        self.module = weakref.ref(module)
+
+    def __get__(self, instance: QGraphModule | None, owner: type[QGraphModule]) -> Callable[..., Any]:
+        module = self.module()
+        assert module is not None
+        module.finish()
+        return owner.forward if instance is None else instance.forward
 
 
 def _replay(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -307,6 +336,13 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
         owner._parameters[name] = value
     else:
         owner._buffers[name] = value
+
+
+def delete_tensor(module: nn.Module, target: str) -> None:
+    """Drop the tensor at a dotted path."""
+    owner_path, _, name = target.rpartition(".")
+    owner = submodule(module, owner_path)
+    del (owner._parameters if name in owner._parameters else owner._buffers)[name]
 
 
 def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import fx
 
 from qcore.fx.graph_module import QGraphModule, free_name
+from qcore.fx.nodes import new_node
 from qcore.observer import FixedQParamsObserver, ObserverBase
 from qcore.qconfig import ObserverConstructor, build_observer
 from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
@@ -62,10 +63,10 @@ def observe(
         value = nodes[observation.value]
         readers = list(value.users) if observation.readers is None else [nodes[name] for name in observation.readers]
         with module.graph.inserting_after(value):
-            observer = module.graph.create_node("call_module", names[observation.tensor], (value,))
+            observer = new_node(module.graph, "call_module", names[observation.tensor], (value,))
         for reader in dict.fromkeys(readers):
             reader.replace_input_with(value, observer)
-    module.finish()
+    module.recompile()
     return replace(plan, observers=names)
 
 

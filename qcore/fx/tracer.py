@@ -26,6 +26,7 @@ from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
+from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
 from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
@@ -209,7 +210,7 @@ class NormalFormTracer(ExampleTracer):
     def create_arg(self, a: Any) -> Any:
         """An argument as the graph holds it; a tensor by its path, which fx would search the whole model for."""
         kind = type(a)
-        if kind in _PLAIN:  # fx looks long at each of the numbers that make up most arguments.
+        if kind in _PLAIN or (kind is dict and not a):  # fx looks long at each of what most arguments are.
             return a
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
@@ -234,7 +235,7 @@ class NormalFormTracer(ExampleTracer):
 
     def _tensor(self, target: str) -> fx.Proxy:
         if target not in self._attributes:
-            self._attributes[target] = self.create_proxy("get_attr", target, (), {})
+            self._attributes[target] = self.proxy(self.create_node("get_attr", target, (), {}))
         return self._attributes[target]
 
     def _emit(self, call: Call, name: str, origin: Origin) -> Any:
@@ -280,7 +281,8 @@ class NormalFormTracer(ExampleTracer):
                 return call.args[0]  # type: ignore[no-any-return]
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node = super().create_node(kind, target, (), {}, name, type_expr)
+        set_arguments(node, args, kwargs)  # Afterwards, as in ``new_node``.
         self.note(node)
         if origin is not None:
             node.meta["origin"] = origin
@@ -357,7 +359,7 @@ def trace(
             graph = tracer.trace(model)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
-    graph.eliminate_dead_code(is_impure)
+    drop_unread(graph)
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
     return QGraphModule.of(_Root(model, graph, tracer.constants, copies), graph, is_raw=True)
@@ -388,11 +390,6 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
                 own.update(saved)
     if kept:
         raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
-
-
-def is_impure(node: fx.Node) -> bool:
-    """Whether a node stays although nothing reads it."""
-    return node.op in ("placeholder", "output") or node.target is check_size
 
 
 def _identifier(name: str) -> str:

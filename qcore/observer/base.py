@@ -5,6 +5,8 @@ Observers are written into a qconfig as constructors, never as instances: :class
 constructor, and unlike a ``functools.partial`` it compares, hashes, pickles and prints.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,19 @@ class ObserverBase(nn.Module):
         ConfigError: the dtype isn't an integer one, or the range doesn't fit it.
     """
 
+    dtype: torch.dtype
+    qscheme: QScheme
+    reduce_range: bool
+    quant_min: int
+    quant_max: int
+    eps: float | None
+    is_dynamic: bool
+    has_explicit_range: bool
+
+    #: Whether what it finds for a channel depends on that channel alone, but that a channel of zeros may take the scale
+    #: of its neighbours; then ``convert_fx`` may show it the channels of several weights at once.
+    treats_channels_apart = False
+
     def __init__(
         self,
         dtype: torch.dtype = torch.uint8,
@@ -70,12 +85,15 @@ class ObserverBase(nn.Module):
         is_dynamic: bool = False,
     ) -> None:
         super().__init__()
-        self.dtype = canonical_dtype(dtype)
-        self.qscheme = canonical_qscheme(qscheme)
-        self.reduce_range = reduce_range
-        self.eps = eps
-        self.is_dynamic = is_dynamic
-        self.quant_min, self.quant_max, self.has_explicit_range = self._choose_range(quant_min, quant_max)
+        # Past a module's __setattr__, which asks of each value whether it is a parameter, a module or a buffer: a
+        # network has an observer behind most of its operators.
+        own = vars(self)
+        own["dtype"] = canonical_dtype(dtype)
+        own["qscheme"] = canonical_qscheme(qscheme)
+        own["reduce_range"] = reduce_range
+        own["eps"] = eps
+        own["is_dynamic"] = is_dynamic
+        own["quant_min"], own["quant_max"], own["has_explicit_range"] = self._choose_range(quant_min, quant_max)
 
     def _choose_range(self, quant_min: int | None, quant_max: int | None) -> tuple[int, int, bool]:
         if not is_integer(self.dtype):
@@ -116,6 +134,17 @@ class ObserverBase(nn.Module):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale (float32) and the zero point (int64): 0-d, or one entry for each channel."""
         raise NotImplementedError(f"{type(self).__name__} gives no qparams")
+
+    @classmethod
+    def calculate_all(cls, observers: Sequence["ObserverBase"]) -> list[tuple[Tensor, Tensor]]:
+        """What ``calculate_qparams`` gives for each of several observers of this class.
+
+        ``convert_fx`` asks for all at once; an observer whose work is less for many together overrides it.
+
+        Args:
+            observers: all of this very class.
+        """
+        return [observer.calculate_qparams() for observer in observers]
 
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` as integers with the observer's qparams, each value rounded to the nearest step.
@@ -159,9 +188,7 @@ class RangeObserver(ObserverBase):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.register_buffer("min_val", torch.tensor(float("inf")))
-        self.register_buffer("max_val", torch.tensor(float("-inf")))
-        self.register_buffer("nonfinite", torch.tensor(0))
+        self._buffers.update(min_val=torch.tensor(math.inf), max_val=torch.tensor(-math.inf), nonfinite=torch.tensor(0))
 
     @property
     def has_data(self) -> bool:

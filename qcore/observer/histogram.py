@@ -2,30 +2,27 @@
 
 The bins lie on a grid anchored at zero whose width is a power of two. When values outgrow the bins, the width doubles
 and bins merge by pairs, exactly: no value is ever guessed anew, unlike in torch's HistogramObserver. The search for
-the range is one vectorised grid search, refined twice, over (low, high) as fractions of the range seen; it knows how
-many integers there are and whether the scheme is symmetric.
-
-Minimising the expected squared error of the quantized value goes back to Sung, Shin and Hwang, "Resiliency of Deep
-Neural Networks under Quantization" (2015), and Banner et al., "Post training 4-bit quantization" (2019).
+the range is in ``range_search.py``.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcore.observer.base import RangeObserver, qparams_from_range, symmetric_zero_point
+from qcore.observer.base import ObserverBase, RangeObserver, qparams_from_range, symmetric_zero_point
+from qcore.observer.range_search import Histogram, ranges_of_least_error
 
 #: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
 SAMPLE_LIMIT = 1 << 19
 
-#: Share of the error that a cut must save. Less may come from values standing for bins rather than for themselves.
-LEAST_GAIN = 0.02
+#: Observers whose ranges are searched together.
+_TOGETHER = 256
 
-#: Divided by the number of bins that hold anything, the share that a cut must save if that is more. The fewer they are,
-#: the likelier is a range for which just their middles, but not the values themselves, lie next to integers.
-FEW_VALUES = 4.0
+#: A tensor with a smaller range has qparams that a range beside it would change: they aren't computed together.
+_LEAST_RANGE = 1e-30
 
 
 class HistogramObserver(RangeObserver):
@@ -44,14 +41,15 @@ class HistogramObserver(RangeObserver):
     histogram: Tensor
     first_bin: Tensor
     exponent: Tensor
+    bins: int
+    _chosen: tuple[Tensor, Tensor] | None
 
     def __init__(self, bins: int = 2048, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.bins = bins
-        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("first_bin", torch.tensor(0))
-        self.register_buffer("exponent", torch.tensor(0))
-        self._chosen: tuple[Tensor, Tensor] | None = None
+        vars(self).update(bins=bins, _chosen=None)
+        self._buffers.update(
+            histogram=torch.zeros(bins, dtype=torch.float64), first_bin=torch.tensor(0), exponent=torch.tensor(0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Count the values of ``x`` (any shape, floating dtype) and return ``x``."""
@@ -103,35 +101,34 @@ class HistogramObserver(RangeObserver):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the range of least squared error; computed once for what was seen."""
         if self._chosen is None:
-            counts, values = self._points()
-            integers = (self.quant_min, self.quant_max)
-            low, high = range_of_least_error(
-                counts,
-                values,
-                (float(self.min_val), float(self.max_val)),
-                integers,
-                symmetric_zero_point(self.dtype, *integers) if self.qscheme.symmetric else None,
-            )
-            arguments = (*integers, self.dtype, self.qscheme, self.eps)
-            self._chosen = qparams_from_range(torch.tensor(low), torch.tensor(high), *arguments)
+            _choose([self])
+        assert self._chosen is not None
         return self._chosen
 
-    def _points(self) -> tuple[Tensor, Tensor]:
-        """The counts of the bins that hold anything, and a value that stands for each."""
+    @classmethod
+    def calculate_all(cls, observers: Sequence[ObserverBase]) -> list[tuple[Tensor, Tensor]]:
+        """The qparams of several observers, whose searches are made together."""
+        undecided = [o for o in observers if isinstance(o, HistogramObserver) and o._chosen is None and o.has_data]
+        for start in range(0, len(undecided), _TOGETHER):  # Not all at once: each histogram is copied.
+            _choose(undecided[start : start + _TOGETHER])
+        return super().calculate_all(observers)
+
+    def seen(self) -> Histogram:
+        """The bins that hold anything, and a value that stands for each."""
         smallest, largest = float(self.min_val), float(self.max_val)
         width = math.ldexp(1.0, int(self.exponent))
-        values = (torch.arange(self.bins, dtype=torch.float64) + int(self.first_bin) + 0.5) * width
-        used = self.histogram > 0
-        counts, values = self.histogram[used].cpu(), values[used.cpu()]
+        used = self.histogram.nonzero().flatten()
+        counts = self.histogram[used].cpu()
+        values = (used.cpu() + (int(self.first_bin) + 0.5)).to(torch.float64).mul_(width)
         # The bin next to zero of a tensor without a sign holds above all the zeros of a ReLU, which cost nothing.
         if smallest >= 0:
-            values[values < width] = 0.0
+            values.masked_fill_(values < width, 0.0)
         elif largest <= 0:
-            values[values > -width] = 0.0
+            values.masked_fill_(values > -width, 0.0)
         values.clamp_(smallest, largest)
         if values.numel() == 1:
             values[0] = largest if abs(largest) >= abs(smallest) else smallest
-        return counts, values
+        return Histogram(counts, values, smallest, largest)
 
     def reset_min_max_vals(self) -> None:
         """Forget what was seen."""
@@ -153,79 +150,20 @@ def _in_memory_order(values: Tensor) -> Tensor:
     return values.reshape(-1)
 
 
-def range_of_least_error(
-    counts: Tensor,
-    values: Tensor,
-    seen: tuple[float, float],
-    integers: tuple[int, int],
-    middle: int | None,
-) -> tuple[float, float]:
-    """The range whose quantization has the least squared error over a histogram.
-
-    The whole range is always a candidate and wins near ties, so that data of one or two values, or of few, keep it.
-
-    Args:
-        counts: how many values (N,), float64.
-        values: the values (N,), float64.
-        seen: smallest and largest value.
-        integers: smallest and largest integer.
-        middle: the zero point of a symmetric scheme; ``None`` for an affine one.
-
-    Returns:
-        ``(low, high)`` with ``low <= 0 <= high``.
-    """
-    low, high = min(seen[0], 0.0), max(seen[1], 0.0)
-    if low == high or values.numel() <= 2:
-        return low, high
-    norm = max(-low, high)  # In units of the largest value, squares in float32 neither overflow nor vanish.
-    points, weights = (values / norm).float(), (counts / counts.sum()).float()
-    low, high = low / norm, high / norm
-    two_sided = low < 0 < high and middle is None
-
-    def errors(cut_low: Tensor, cut_high: Tensor) -> Tensor:
-        return _squared_errors(points, weights, low * cut_low, high * cut_high, integers, middle)
-
-    one = torch.ones(1, dtype=torch.float64)
-    whole = float(errors(one, one))
-    least, best_low, best_high = whole, 1.0, 1.0
-    coarse = 16 if two_sided else 64
-    step = 1.0 / coarse
-    offsets_low = offsets_high = torch.arange(1, coarse + 1, dtype=torch.float64) * step
-    fine = torch.linspace(-1, 1, 7 if two_sided else 33, dtype=torch.float64)
-    for _ in range(3 if two_sided else 2):
-        if two_sided:
-            cut_low, cut_high = (grid.flatten() for grid in torch.meshgrid(offsets_low, offsets_high, indexing="ij"))
-        else:
-            cut_low = cut_high = offsets_low
-        found = errors(cut_low, cut_high)
-        index = int(found.argmin())
-        if float(found[index]) < least:
-            least, best_low, best_high = float(found[index]), float(cut_low[index]), float(cut_high[index])
-        offsets_low = (best_low + fine * step).clamp(1e-4, 1)
-        offsets_high = (best_high + fine * step).clamp(1e-4, 1)
-        step /= (len(fine) - 1) / 2
-    if least > whole * (1 - max(LEAST_GAIN, FEW_VALUES / values.numel())):
-        best_low = best_high = 1.0
-    return low * best_low * norm, high * best_high * norm
-
-
-def _squared_errors(
-    points: Tensor, weights: Tensor, low: Tensor, high: Tensor, integers: tuple[int, int], middle: int | None
-) -> Tensor:
-    """Mean squared error of quantizing ``points`` (N,) with each of the ranges (K,)."""
-    quant_min, quant_max = integers
-    tiny = torch.finfo(torch.float32).tiny
-    if middle is not None:
-        scale = (torch.maximum(-low, high) / ((quant_max - quant_min) / 2)).clamp_min(tiny)
-        zero_point = torch.full_like(scale, middle)
-    else:
-        scale = ((high - low) / (quant_max - quant_min)).clamp_min(tiny)
-        zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
-    found = []
-    rows = max(1, (1 << 18) // points.numel())  # Blocks that stay in the cache.
-    for some_scale, some_zero in zip(scale.float().split(rows), zero_point.float().split(rows), strict=True):
-        column, zero = some_scale[:, None], some_zero[:, None]
-        steps = (points / column).round_()
-        steps = torch.minimum(torch.maximum(steps, quant_min - zero), quant_max - zero)
-        found.append(steps.mul_(column).sub_(points).square_() @ weights)
-    return torch.cat(found)
+def _choose(observers: Sequence[HistogramObserver]) -> None:
+    """Let observers choose their ranges; those of one scheme and one range of integers are searched together."""
+    alike: dict[tuple[Any, ...], list[HistogramObserver]] = {}
+    for observer in observers:
+        key = (observer.quant_min, observer.quant_max, observer.dtype, observer.qscheme, observer.eps)
+        alike.setdefault(key, []).append(observer)
+    for (quant_min, quant_max, dtype, qscheme, eps), members in alike.items():
+        middle = symmetric_zero_point(dtype, quant_min, quant_max) if qscheme.symmetric else None
+        ranges = ranges_of_least_error([observer.seen() for observer in members], (quant_min, quant_max), middle)
+        arguments = (quant_min, quant_max, dtype, qscheme, eps)
+        usual = [number for number, (low, high) in enumerate(ranges) if max(-low, high) > _LEAST_RANGE]
+        low, high = (torch.tensor([ranges[number][end] for number in usual]) for end in (0, 1))
+        for number, scale, zero_point in zip(usual, *qparams_from_range(low, high, *arguments), strict=True):
+            members[number]._chosen = scale.clone(), zero_point.clone()  # A part of a tensor would keep all of it.
+        for number in set(range(len(members))).difference(usual):
+            low, high = (torch.tensor(end) for end in ranges[number])
+            members[number]._chosen = qparams_from_range(low, high, *arguments)

@@ -39,6 +39,8 @@ class PerChannelMinMaxObserver(RangeObserver):
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
     """
 
+    treats_channels_apart = True
+
     def __init__(
         self,
         ch_axis: int = 0,

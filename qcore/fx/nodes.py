@@ -1,0 +1,62 @@
+"""Work on fx graphs that the passes share, each cheaper than fx does it: nodes, copies of graphs, dead code.
+
+``fx.Graph.create_node`` looks through all arguments of a call for symbolic numbers, which takes longer than all else
+that it does; arguments that are set afterwards it doesn't look at. No graph of qcore holds symbolic numbers.
+"""
+
+import copy
+from typing import Any
+
+from torch import fx
+
+from qcore.fx.signature import check_size
+
+
+def new_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (), name: str | None = None) -> fx.Node:
+    """A node at the graph's insertion point.
+
+    Args:
+        graph: gets the node.
+        op: as in ``fx.Graph.create_node``.
+        target: likewise.
+        args: likewise.
+        name: wanted; by default that of the target.
+    """
+    node = graph.create_node(op, target, name=name)
+    if args:
+        set_arguments(node, args)
+    return node
+
+
+def set_arguments(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Give a node its arguments."""
+    # Past Node.__setattr__, which files the node anew with its graph although only its arguments change.
+    if args:
+        object.__setattr__(node, "args", args)
+    if kwargs:
+        object.__setattr__(node, "kwargs", kwargs)
+
+
+def copied_graph(graph: fx.Graph) -> fx.Graph:
+    """A graph of nodes of its own, with the names, meta and code generator of another."""
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    counterpart: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        made = counterpart[node] = copied.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), counterpart.__getitem__)
+        set_arguments(made, args, kwargs)
+        made.meta = copy.copy(node.meta)
+    copied.set_codegen(copy.deepcopy(graph._codegen))
+    return copied
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node stays although nothing reads it."""
+    return node.op in ("placeholder", "output") or node.target is check_size
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Drop every node that nothing reads, and what only such nodes read."""
+    for node in reversed(graph.nodes):
+        if not node.users and not is_impure(node):
+            graph.erase_node(node)

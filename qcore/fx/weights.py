@@ -1,0 +1,120 @@
+"""The step of converting that turns weights into integers; small weights of one form are rounded together.
+
+A network has many weights of one shape, and for small ones each call of torch costs more than its arithmetic. Where an
+observer treats every channel by itself, weights that differ in nothing but their values may as well be one weight with
+the channels of all of them: the integers and the scales are the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcore.errors import ConfigError
+from qcore.fx.observe import make_observer
+from qcore.observer import ObserverBase
+from qcore.quantization_plan import QuantizedTensor
+
+#: Numbers that are rounded together at most. Larger weights gain nothing, and what is joined is a copy.
+JOINED_LIMIT = 1 << 18
+
+#: A channel whose largest value is smaller may take its scale from the channels beside it.
+_LEAST_RANGE = 1e-30
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A weight that is to be quantized.
+
+    Attributes:
+        name: for an error message.
+        values: float.
+        tensor: the observer that finds its qparams.
+    """
+
+    name: str
+    values: Tensor
+    tensor: QuantizedTensor
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as integers, ``(values - zero_point) * scale``.
+
+    Attributes:
+        values: the integers.
+        scale: 0-d, or one for each channel.
+        zero_point: likewise.
+        axis: of the channels; ``None`` if it is quantized as a whole.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+
+
+Kernels = dict[type[ObserverBase], type[ObserverBase]]
+
+
+def quantize_weights(weights: Sequence[FloatWeight], kernels: Kernels) -> list[IntegerWeight]:
+    """All weights as integers, in their order.
+
+    Args:
+        weights: none of them is changed.
+        kernels: a backend's implementations of observers.
+
+    Raises:
+        ConfigError: a weight holds NaN or infinity.
+    """
+    found: dict[int, IntegerWeight] = {}
+    for numbers in _groups(weights):
+        members = [weights[number] for number in numbers]
+        together = _quantized_together(members, kernels) if len(members) > 1 else None
+        found.update(zip(numbers, together or (_quantized(member, kernels) for member in members), strict=True))
+    return [found[number] for number in range(len(weights))]
+
+
+def _groups(weights: Sequence[FloatWeight]) -> list[list[int]]:
+    """The numbers of weights that may be rounded together."""
+    groups: list[list[int]] = []
+    open_groups: dict[object, tuple[list[int], int]] = {}
+    for number, weight in enumerate(weights):
+        values = weight.values
+        form = (weight.tensor, values.shape[1:], values.dtype, values.device)
+        members, size = open_groups.get(form, ([], 0))
+        if not members or values.dim() < 2 or size + values.numel() > JOINED_LIMIT:
+            members, size = [], 0
+            groups.append(members)
+        members.append(number)
+        open_groups[form] = members, size + values.numel()
+    return groups
+
+
+def _quantized_together(weights: Sequence[FloatWeight], kernels: Kernels) -> list[IntegerWeight] | None:
+    """Weights of one form, rounded as one; ``None`` if some of them need a look of their own."""
+    observer = make_observer(weights[0].tensor, kernels)
+    if not observer.treats_channels_apart or getattr(observer, "ch_axis", None) != 0:
+        return None
+    joined = torch.cat([weight.values for weight in weights])
+    least, most = torch.aminmax(joined.flatten(1), dim=1)
+    is_usual = (torch.maximum(-least, most) > _LEAST_RANGE) & torch.isfinite(most - least)
+    if not bool(is_usual.all()):
+        return None
+    observer(joined)
+    scale, zero_point = observer.calculate_qparams()
+    channels = [weight.values.shape[0] for weight in weights]
+    parts = zip(*(whole.split(channels) for whole in (observer.quantize(joined), scale, zero_point)), strict=True)
+    # Copies, for a part of a tensor would keep all of it.
+    return [IntegerWeight(values.clone(), scale.clone(), zero.clone(), 0) for values, scale, zero in parts]
+
+
+def _quantized(weight: FloatWeight, kernels: Kernels) -> IntegerWeight:
+    observer = make_observer(weight.tensor, kernels)
+    observer(weight.values)
+    if observer.nonfinite_count or not observer.has_data:
+        raise ConfigError(f"the weight {weight.name} holds NaN or infinity; it can't be quantized")
+    scale, zero_point = observer.calculate_qparams()
+    axis = int(getattr(observer, "ch_axis", 0)) if observer.qscheme.per_channel else None
+    return IntegerWeight(observer.quantize(weight.values), scale, zero_point, axis)
