@@ -10,15 +10,19 @@ Neural Networks under Quantization" (2015), and Banner et al., "Post training 4-
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qcore.observer.base import RangeObserver, qparams_from_range, symmetric_zero_point
 
-#: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
-SAMPLE_LIMIT = 1 << 19
+#: Up to how many values all of a tensor enter its histogram. Of a larger one every n-th value does and counts n times:
+#: ``SAMPLE_SHARE`` of them, but at least ``LEAST_SAMPLE`` and at most ``LARGEST_SAMPLE``.
+WHOLE_LIMIT = 1 << 14
+LEAST_SAMPLE = 1 << 12
+LARGEST_SAMPLE = 1 << 16
+SAMPLE_SHARE = 32
 
 #: Share of the error that a cut must save. Less may come from values standing for bins rather than for themselves.
 LEAST_GAIN = 0.02
@@ -26,6 +30,15 @@ LEAST_GAIN = 0.02
 #: Divided by the number of bins that hold anything, the share that a cut must save if that is more. The fewer they are,
 #: the likelier is a range for which just their middles, but not the values themselves, lie next to integers.
 FEW_VALUES = 4.0
+
+
+class _Grid(NamedTuple):
+    """What an observer's buffers say, as Python's numbers, which are there without asking a device."""
+
+    smallest: float
+    largest: float
+    first_bin: int
+    per_width: float
 
 
 class HistogramObserver(RangeObserver):
@@ -51,7 +64,12 @@ class HistogramObserver(RangeObserver):
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("first_bin", torch.tensor(0))
         self.register_buffer("exponent", torch.tensor(0))
-        self._chosen: tuple[Tensor, Tensor] | None = None
+        self._chosen: tuple[Tensor, Tensor] | None
+        self._grid: _Grid | None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._chosen = self._grid = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Count the values of ``x`` (any shape, floating dtype) and return ``x``."""
@@ -59,29 +77,30 @@ class HistogramObserver(RangeObserver):
         if seen is None:
             return x
         values, smallest, largest = seen
-        self._chosen = None
-        self.min_val = torch.minimum(self.min_val, smallest)
-        self.max_val = torch.maximum(self.max_val, largest)
-        self._fit_grid()
-        values = _in_memory_order(values)
-        stride = max(1, values.numel() // SAMPLE_LIMIT)
+        vars(self)["_chosen"] = None  # Past nn.Module's __setattr__, which is slow.
+        grid = self._grid
+        if grid is None or smallest < grid.smallest or largest > grid.largest:
+            self.widen(smallest, largest)
+            self._fit_grid()
+            grid = self._grid = self._read_grid()
+        stride = sampling_stride(values.numel())
         if stride > 1:
-            values = values[:: stride | 1]  # An odd stride doesn't fall in step with channels or rows.
-            stride |= 1
-        width = math.ldexp(1.0, int(self.exponent))
-        low = int(self.first_bin) * width
-        high = low + self.bins * width
-        if max(-low, high) > torch.finfo(torch.float32).max:
-            values = values.double()  # The last bins end where float32 has no more numbers.
-        counts = torch.histc(values, self.bins, low, high)
-        self.histogram += counts.to(torch.float64) * stride
+            values = values[::stride]
+        # values / width - first_bin, in one pass. (torch.floor would wake other threads for as little as 2,048 values.)
+        bins = torch.rsub(values, -grid.first_bin, alpha=-grid.per_width).to(torch.int32)
+        self.histogram.add_(torch.bincount(bins, minlength=self.bins), alpha=stride)
         return x
+
+    def _read_grid(self) -> "_Grid":
+        per_width = math.ldexp(1.0, -int(self.exponent))
+        return _Grid(float(self.min_val), float(self.max_val), int(self.first_bin), per_width)
 
     def _fit_grid(self) -> None:
         """Double the bins' width until all values seen lie on the grid, and merge the bins."""
         low, high = min(float(self.min_val), 0.0), max(float(self.max_val), 0.0)
         exponent = max(math.frexp((high - low) / self.bins)[1] - 1, -126)
-        while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.bins:
+        # One bin stays free, as a value just below the end of the last one may be rounded up.
+        while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.bins - 1:
             exponent += 1
         old_exponent, old_first = int(self.exponent), int(self.first_bin)
         is_empty = not bool(self.histogram.any())
@@ -89,14 +108,14 @@ class HistogramObserver(RangeObserver):
             exponent = max(exponent, old_exponent)
         first, last = math.floor(math.ldexp(low, -exponent)), math.floor(math.ldexp(high, -exponent))
         if not is_empty:
-            if exponent == old_exponent and old_first <= first and last < old_first + self.bins:
+            if exponent == old_exponent and old_first <= first and last < old_first + self.bins - 1:
                 return
             used = self.histogram.nonzero().flatten()
             # An arithmetic shift is a floor division, for bins below zero, too.
             moved = (used + old_first) >> min(exponent - old_exponent, 62)
             merged = torch.zeros_like(self.histogram)
             merged.index_add_(0, (moved - first).clamp_(0, self.bins - 1), self.histogram[used])
-            self.histogram = merged
+            self.histogram.copy_(merged)
         self.exponent.fill_(exponent)
         self.first_bin.fill_(first)
 
@@ -137,20 +156,22 @@ class HistogramObserver(RangeObserver):
         """Forget what was seen."""
         super().reset_min_max_vals()
         self.histogram.zero_()
-        self._chosen = None
+        self._forget()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._chosen = None
+        self._forget()
 
 
-def _in_memory_order(values: Tensor) -> Tensor:
-    """The values as one row, without a copy for any dense layout: a histogram doesn't care for the order."""
-    if values.is_contiguous():
-        return values.view(-1)
-    if values.is_contiguous(memory_format=torch.channels_last) if values.dim() == 4 else False:
-        return values.permute(0, 2, 3, 1).reshape(-1)
-    return values.reshape(-1)
+def sampling_stride(count: int) -> int:
+    """Of ``count`` values, every how many-th enters the histogram."""
+    if count <= WHOLE_LIMIT:
+        return 1
+    stride = max(min(count // LEAST_SAMPLE, SAMPLE_SHARE), count // LARGEST_SAMPLE)
+    # Without a common divisor it falls in step with no size of the tensor, be it channels, rows or columns.
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 def range_of_least_error(
