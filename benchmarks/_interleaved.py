@@ -40,6 +40,7 @@ def measure(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
     times: dict[str, list[float]] = {}
     try:
         for contender, command in commands.items():
+            print(f"  building {contender} ...", file=sys.stderr, flush=True)
             pipe = subprocess.PIPE
             worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
             workers[contender] = worker
@@ -50,13 +51,15 @@ def measure(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
                 times[contender] = []
             else:
                 print(f"{contender} can't run here: {' '.join(command)}", file=sys.stderr)
-        for _ in range(rounds):
+        for number in range(rounds):
+            print(f"  round {number + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
             for contender, found in times.items():
                 worker = workers[contender]
                 assert worker.stdin is not None
                 worker.stdin.write("\n")
                 worker.stdin.flush()
                 found.append(float(_line(worker)))
+        print(file=sys.stderr)
     finally:
         for worker in workers.values():
             worker.kill()

@@ -77,7 +77,7 @@ def peak_of(step: Callable[[], Any]) -> tuple[int, int, Any]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = step()
     now = peak = 0
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profiler.profiler.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     for _, change in sorted(changes, key=lambda pair: pair[0]):
         now += change
