@@ -103,7 +103,7 @@ class HistogramObserver(RangeObserver):
         while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.bins - 1:
             exponent += 1
         old_exponent, old_first = int(self.exponent), int(self.first_bin)
-        is_empty = not bool(self.histogram.any())
+        is_empty = self._grid is None and not bool(self.histogram.any())
         if not is_empty:
             exponent = max(exponent, old_exponent)
         first, last = math.floor(math.ldexp(low, -exponent)), math.floor(math.ldexp(high, -exponent))
