@@ -1,7 +1,8 @@
 """Accuracy of ``torch.ao.quantization``, the baseline that this project is measured against.
 
 This file may import ``torch.ao.quantization``, as may the oracle tests and the one function for torch.ao in each of
-``scale.py``, ``coverage.py``, ``sentences.py`` and ``speakers.py``, and nothing else of the project: it is the
+``scale.py``, ``coverage.py``, ``sentences.py``, ``speakers.py``, ``calibration.py``, ``footprint.py`` and
+``latency.py``, and nothing else of the project: it is the
 contender, run through its own public recipe (FX graph mode, ``prepare_fx``/``convert_fx``, the engine's default qconfig
 mapping).
 

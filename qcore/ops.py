@@ -92,7 +92,7 @@ for _name, _function, _fake in (
     ("dequantize_per_channel", _dequantize_per_channel, _fake_dequantized),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qcore::{_name}", _fake, lib=_library)
+    _library.impl(_name, _fake, "Meta")  # Fake tensors use it, too; register_fake would read this file to find itself.
 
 quantize_per_tensor = torch.ops.qcore.quantize_per_tensor.default
 dequantize_per_tensor = torch.ops.qcore.dequantize_per_tensor.default

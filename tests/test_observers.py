@@ -1,6 +1,7 @@
 """What observers see, and the qparams that they give."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -20,6 +21,8 @@ from qcore import (
 )
 from qcore.errors import ConfigError
 from qcore.observer import PAIR_LIMIT, PairLimitedPerChannelMinMaxObserver, largest_pair_sum
+from qcore.observer.base import in_memory_order
+from qcore.observer.histogram import LARGEST_SAMPLE, LEAST_SAMPLE, WHOLE_LIMIT, sampling_stride
 from qcore.observer.min_max import sum_preserving_round
 
 
@@ -273,6 +276,79 @@ def test_of_a_large_tensor_a_part_stands_for_all():
     observer = seen(HistogramObserver(), x)
     assert observer.histogram.sum() == pytest.approx(x.numel(), rel=1e-4)
     assert observer.max_val == x.max()
+
+
+@given(count=st.integers(0, 1 << 28))
+def test_a_sample_is_neither_small_nor_large_and_in_step_with_no_size(count):
+    stride = sampling_stride(count)
+    if count <= WHOLE_LIMIT:
+        assert stride == 1
+    else:
+        assert math.gcd(stride, count) == 1
+        assert LEAST_SAMPLE / 2 <= count / stride <= 2 * LARGEST_SAMPLE
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    exponents=st.lists(st.sampled_from([-100, -30, -3, 0, 1, 2, 30, 100]), min_size=1, max_size=4),
+    shift=st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0]),
+    bins=st.sampled_from([8, 100, 2048]),
+)
+def test_every_value_is_counted_once_whatever_the_ranges_of_the_batches(seed, exponents, shift, bins):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [(torch.rand(50, generator=generator) - 0.5 + shift) * 2.0**exponent for exponent in exponents]
+    observer = seen(HistogramObserver(bins=bins), *batches)
+    assert observer.histogram.sum() == 50 * len(batches)
+    assert (observer.min_val, observer.max_val) == (torch.cat(batches).min(), torch.cat(batches).max())
+    # Of the two ends of a bin, one may be the neighbour's by rounding.
+    width = 2.0 ** observer.exponent.item()
+    expected = torch.floor(torch.cat(batches).double() / width).sub(observer.first_bin).long()
+    found = torch.arange(bins).repeat_interleave(observer.histogram.long())
+    assert ((found - expected.sort().values).abs() <= 1).all()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.rand(2, 3, 4).transpose(1, 2),
+        torch.rand(2, 1, 3, 1, 4).permute(4, 3, 0, 1, 2),
+        torch.rand(3, 4, 5)[1],
+        torch.tensor(1.0),
+    ],
+)
+def test_dense_tensors_are_read_where_they_lie(x):
+    row = in_memory_order(x)
+    assert row.dim() == 1 and row.data_ptr() == x.data_ptr()
+    assert torch.equal(row.sort().values, x.flatten().sort().values)
+
+
+@pytest.mark.parametrize("x", [torch.rand(4, 6)[:, ::2], torch.rand(3, 1).expand(3, 4)])
+def test_other_tensors_are_read_as_copies(x):
+    assert torch.equal(in_memory_order(x).sort().values, x.flatten().sort().values)
+
+
+@pytest.mark.parametrize(
+    "make", [MinMaxObserver, HistogramObserver, PerChannelMinMaxObserver, MovingAverageMinMaxObserver]
+)
+def test_calibrating_in_inference_mode_leaves_observers_usable(make):
+    observer = make()
+    with torch.inference_mode():
+        seen(observer, torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, 4.0]]))
+    seen(observer, torch.tensor([[-3.0, 0.0]]), torch.tensor([[float("nan"), 9.0]]))
+    assert observer.has_data and observer.nonfinite_count == 1
+
+
+@pytest.mark.parametrize("make", [MinMaxObserver, HistogramObserver])
+def test_what_is_loaded_or_reset_is_what_counts_from_then_on(make):
+    wide, narrow = seen(make(), torch.tensor([-8.0, 8.0])), seen(make(), torch.tensor([-1.0, 1.0]))
+    wide.load_state_dict(narrow.state_dict())
+    assert qparams(wide) == qparams(narrow)
+    more = torch.tensor([-2.0, 3.0])
+    assert qparams(seen(wide, more)) == qparams(seen(make(), torch.tensor([-1.0, 1.0]), more))
+    wide.reset_min_max_vals()
+    assert qparams(seen(wide, more)) == qparams(seen(make(), more))
 
 
 @settings(max_examples=50, deadline=None)

@@ -200,26 +200,39 @@ class RangeObserver(ObserverBase):
         """How many NaN or infinite values came past."""
         return int(self.nonfinite)
 
-    def finite(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """``x`` in float32 without NaN and infinity, with its extremes; counts what it leaves out.
+    def finite(self, x: Tensor) -> tuple[Tensor, float, float] | None:
+        """``x`` in float32 as one row without NaN and infinity, with its extremes; counts what it leaves out.
+
+        Reading the two extremes is all that waits for the device, unless something has to be left out.
 
         Returns:
-            ``(values, smallest, largest)``, or ``None`` if nothing finite is left. The shape of ``values`` is that
-            of ``x`` unless something had to be left out.
+            ``(values, smallest, largest)``, the values in the order of memory, or ``None`` if nothing finite is left.
         """
-        x = x.detach().to(torch.float32)
         if x.numel() == 0:
             return None
-        smallest, largest = torch.aminmax(x)
-        # One look at the two extremes finds any NaN or infinity: aminmax hands both through.
-        if not torch.isfinite(smallest + largest):
-            kept = x[torch.isfinite(x)]
-            self.nonfinite += x.numel() - kept.numel()
-            if kept.numel() == 0:
-                return None
-            smallest, largest = torch.aminmax(kept)
-            return kept, smallest, largest
-        return x, smallest, largest
+        values = in_memory_order(x.detach())
+        if values.dtype != torch.float32:
+            values = values.to(torch.float32)
+        smallest, largest = (extreme.item() for extreme in torch.aminmax(values))
+        if math.isfinite(smallest) and math.isfinite(largest):  # NaN and infinity come through aminmax.
+            return values, smallest, largest
+        kept = values[torch.isfinite(values)]
+        self.nonfinite += values.numel() - kept.numel()
+        if kept.numel() == 0:
+            return None
+        smallest, largest = (extreme.item() for extreme in torch.aminmax(kept))
+        return kept, smallest, largest
+
+    def widen(self, smallest: float, largest: float) -> bool:
+        """Make the range of a whole tensor hold two values; whether it didn't before."""
+        low, high = self.min_val, self.max_val
+        grows = smallest < low.item(), largest > high.item()
+        # In place: a buffer that was replaced in inference mode couldn't be changed outside of it any more.
+        if grows[0]:
+            low.fill_(smallest)
+        if grows[1]:
+            high.fill_(largest)
+        return any(grows)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the range seen so far, as torch computes them from a minimum and a maximum."""
@@ -241,6 +254,13 @@ class RangeObserver(ObserverBase):
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.min_val.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """The values as one row, without a copy for any dense layout: extremes and histograms don't care for the order."""
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return x.reshape(-1)
 
 
 def qparams_from_range(
@@ -314,4 +334,4 @@ class DatalessObserver(ObserverBase):
         return x
 
 
-__all__ = ["DatalessObserver", "ObserverBase", "ObserverSpec", "RangeObserver", "qparams_from_range"]
+__all__ = ["DatalessObserver", "ObserverBase", "ObserverSpec", "RangeObserver", "in_memory_order", "qparams_from_range"]

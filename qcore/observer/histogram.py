@@ -7,7 +7,7 @@ the range is in ``range_search.py``.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,27 @@ from torch import Tensor
 from qcore.observer.base import ObserverBase, RangeObserver, qparams_from_range, symmetric_zero_point
 from qcore.observer.range_search import Histogram, ranges_of_least_error
 
-#: Values that a tensor's histogram is taken of at most; of a larger tensor, every n-th value counts n times.
-SAMPLE_LIMIT = 1 << 19
+#: Up to how many values all of a tensor enter its histogram. Of a larger one every n-th value does and counts n times:
+#: ``SAMPLE_SHARE`` of them, but at least ``LEAST_SAMPLE`` and at most ``LARGEST_SAMPLE``.
+WHOLE_LIMIT = 1 << 14
+LEAST_SAMPLE = 1 << 12
+LARGEST_SAMPLE = 1 << 16
+SAMPLE_SHARE = 32
 
 #: Observers whose ranges are searched together.
 _TOGETHER = 256
 
 #: A tensor with a smaller range has qparams that a range beside it would change: they aren't computed together.
 _LEAST_RANGE = 1e-30
+
+
+class _Grid(NamedTuple):
+    """What an observer's buffers say, as Python's numbers, which are there without asking a device."""
+
+    smallest: float
+    largest: float
+    first_bin: int
+    per_width: float
 
 
 class HistogramObserver(RangeObserver):
@@ -43,13 +56,17 @@ class HistogramObserver(RangeObserver):
     exponent: Tensor
     bins: int
     _chosen: tuple[Tensor, Tensor] | None
+    _grid: _Grid | None
 
     def __init__(self, bins: int = 2048, **arguments: Any) -> None:
         super().__init__(**arguments)
-        vars(self).update(bins=bins, _chosen=None)
+        vars(self).update(bins=bins, _chosen=None, _grid=None)
         self._buffers.update(
             histogram=torch.zeros(bins, dtype=torch.float64), first_bin=torch.tensor(0), exponent=torch.tensor(0)
         )
+
+    def _forget(self) -> None:
+        self._chosen = self._grid = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Count the values of ``x`` (any shape, floating dtype) and return ``x``."""
@@ -57,44 +74,45 @@ class HistogramObserver(RangeObserver):
         if seen is None:
             return x
         values, smallest, largest = seen
-        self._chosen = None
-        self.min_val = torch.minimum(self.min_val, smallest)
-        self.max_val = torch.maximum(self.max_val, largest)
-        self._fit_grid()
-        values = _in_memory_order(values)
-        stride = max(1, values.numel() // SAMPLE_LIMIT)
+        vars(self)["_chosen"] = None  # Past nn.Module's __setattr__, which is slow.
+        grid = self._grid
+        if grid is None or smallest < grid.smallest or largest > grid.largest:
+            self.widen(smallest, largest)
+            self._fit_grid()
+            grid = self._grid = self._read_grid()
+        stride = sampling_stride(values.numel())
         if stride > 1:
-            values = values[:: stride | 1]  # An odd stride doesn't fall in step with channels or rows.
-            stride |= 1
-        width = math.ldexp(1.0, int(self.exponent))
-        low = int(self.first_bin) * width
-        high = low + self.bins * width
-        if max(-low, high) > torch.finfo(torch.float32).max:
-            values = values.double()  # The last bins end where float32 has no more numbers.
-        counts = torch.histc(values, self.bins, low, high)
-        self.histogram += counts.to(torch.float64) * stride
+            values = values[::stride]
+        # values / width - first_bin, in one pass. (torch.floor would wake other threads for as little as 2,048 values.)
+        bins = torch.rsub(values, -grid.first_bin, alpha=-grid.per_width).to(torch.int32)
+        self.histogram.add_(torch.bincount(bins, minlength=self.bins), alpha=stride)
         return x
+
+    def _read_grid(self) -> "_Grid":
+        per_width = math.ldexp(1.0, -int(self.exponent))
+        return _Grid(float(self.min_val), float(self.max_val), int(self.first_bin), per_width)
 
     def _fit_grid(self) -> None:
         """Double the bins' width until all values seen lie on the grid, and merge the bins."""
         low, high = min(float(self.min_val), 0.0), max(float(self.max_val), 0.0)
         exponent = max(math.frexp((high - low) / self.bins)[1] - 1, -126)
-        while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.bins:
+        # One bin stays free, as a value just below the end of the last one may be rounded up.
+        while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.bins - 1:
             exponent += 1
         old_exponent, old_first = int(self.exponent), int(self.first_bin)
-        is_empty = not bool(self.histogram.any())
+        is_empty = self._grid is None and not bool(self.histogram.any())
         if not is_empty:
             exponent = max(exponent, old_exponent)
         first, last = math.floor(math.ldexp(low, -exponent)), math.floor(math.ldexp(high, -exponent))
         if not is_empty:
-            if exponent == old_exponent and old_first <= first and last < old_first + self.bins:
+            if exponent == old_exponent and old_first <= first and last < old_first + self.bins - 1:
                 return
             used = self.histogram.nonzero().flatten()
             # An arithmetic shift is a floor division, for bins below zero, too.
             moved = (used + old_first) >> min(exponent - old_exponent, 62)
             merged = torch.zeros_like(self.histogram)
             merged.index_add_(0, (moved - first).clamp_(0, self.bins - 1), self.histogram[used])
-            self.histogram = merged
+            self.histogram.copy_(merged)
         self.exponent.fill_(exponent)
         self.first_bin.fill_(first)
 
@@ -134,20 +152,22 @@ class HistogramObserver(RangeObserver):
         """Forget what was seen."""
         super().reset_min_max_vals()
         self.histogram.zero_()
-        self._chosen = None
+        self._forget()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._chosen = None
+        self._forget()
 
 
-def _in_memory_order(values: Tensor) -> Tensor:
-    """The values as one row, without a copy for any dense layout: a histogram doesn't care for the order."""
-    if values.is_contiguous():
-        return values.view(-1)
-    if values.is_contiguous(memory_format=torch.channels_last) if values.dim() == 4 else False:
-        return values.permute(0, 2, 3, 1).reshape(-1)
-    return values.reshape(-1)
+def sampling_stride(count: int) -> int:
+    """Of ``count`` values, every how many-th enters the histogram."""
+    if count <= WHOLE_LIMIT:
+        return 1
+    stride = max(min(count // LEAST_SAMPLE, SAMPLE_SHARE), count // LARGEST_SAMPLE)
+    # Without a common divisor it falls in step with no size of the tensor, be it channels, rows or columns.
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 def _choose(observers: Sequence[HistogramObserver]) -> None:

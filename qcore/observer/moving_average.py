@@ -35,7 +35,7 @@ class MovingAverageMinMaxObserver(RangeObserver):
         """Move the range towards that of ``x`` and return ``x``."""
         seen = self.finite(x)
         if seen is not None:
-            _, smallest, largest = seen
+            smallest, largest = self.min_val.new_tensor(seen[1:])
             self.min_val = _towards(self.min_val, smallest, self.averaging_constant)
             self.max_val = _towards(self.max_val, largest, self.averaging_constant)
         return x

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from functools import cache
 
-import importlib_metadata
-
 BACKENDS = "qcore.backends"
 ALIASES = "qcore.aliases"
 
@@ -31,6 +29,8 @@ class InstalledBackend:
 @cache
 def installed_backends() -> tuple[InstalledBackend, ...]:
     """All installed backends, by name. Scanned once; ``installed_backends.cache_clear()`` scans anew."""
+    import importlib_metadata  # Here, as importing it takes as long as a fifth of the core, and few programs need it.
+
     aliases: dict[str, list[str]] = {}
     for entry_point in importlib_metadata.entry_points(group=ALIASES):
         aliases.setdefault(entry_point.value, []).append(entry_point.name)
