@@ -11,13 +11,17 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized
 _DTYPE = torch.quint8
+#: Elements that are worked on in the calling thread; from 2**15 on torch uses its thread pool. QNNPACK has a pool of
+#: its own. The threads of torch's go on spinning for milliseconds after they have worked, and take the processors from
+#: QNNPACK's: between two convolutions that costs far more than one thread needs for what lies between them.
+PIECE = 2**15 - 64
 
 
 def supported_engines() -> list[str]:
@@ -40,15 +44,19 @@ def _engine() -> Iterator[None]:
 
 
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the storage of a plain one."""
-    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    """A quantized tensor on the memory of a plain one."""
+    return _on_memory_of(x, torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE))
 
 
 def _as_plain(x: Tensor) -> Tensor:
-    """A plain tensor on the storage of a quantized one."""
-    shell = torch.empty(0, dtype=torch.uint8)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    """A plain tensor on the memory of a quantized one."""
+    return _on_memory_of(x, torch.empty(0, dtype=torch.uint8))
+
+
+def _on_memory_of(x: Tensor, shell: Tensor) -> Tensor:
+    # What lends its memory must be contiguous, which a view of nothing at the same place always is. Storage objects
+    # would do without, but they are nothing that a recorded call can have as an argument.
+    return shell.set_(x.as_strided((0,), (1,)), 0, x.size(), x.stride())  # type: ignore[call-overload, no-any-return]
 
 
 class Quantize(KernelModule):
@@ -71,7 +79,18 @@ class Quantize(KernelModule):
         quantize = torch.quantize_per_tensor
         with _engine():
             quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
-        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        steps = float(1.0 / torch.tensor(scale, dtype=torch.float32))
+        low, high = self.bounds or (0, 255)
+
+        def run(x: Tensor) -> Tensor:
+            if x.numel() > PIECE:
+                return whole(x)
+            # In the calling thread, where torch's own starts others for any size.
+            integers = (x * steps).round_().nan_to_num_(0.0).add_(zero_point).clamp_(low, high).to(torch.uint8)
+            return _as_quantized(integers, scale, zero_point)
+
+        return run
 
 
 class Dequantize(KernelModule):
@@ -87,8 +106,14 @@ class Dequantize(KernelModule):
         super().__init__()
 
     def pack(self) -> Callable[[Tensor], Tensor]:
-        """Torch's own."""
-        return torch.dequantize
+        """Torch's own, and for few elements what stays in the calling thread."""
+
+        def run(x: Tensor) -> Tensor:
+            if x.numel() > PIECE:
+                return x.dequantize()
+            return x.int_repr().to(torch.float32).sub_(x.q_zero_point()).mul_(x.q_scale())
+
+        return run
 
 
 class _Weighted(KernelModule):
@@ -263,7 +288,8 @@ class QAdd(KernelModule):
                 return torch.quantize_per_tensor(a.dequantize() + b.dequantize(), scale, zero_point, _DTYPE)
             layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
             out = empty(a.shape, scale=scale, zero_point=zero_point, dtype=_DTYPE, memory_format=layout)
-            add(a, b, out)
+            for x, y, z in _pieces(a, b, out, layout):
+                add(x, y, z)
             return out
 
         return _bounded(run, self.bounds)
@@ -288,6 +314,29 @@ class QMul(KernelModule):
         mul = _LIBRARY.mul.default
         scale, zero_point = self.qparams("output")
         return _bounded(lambda a, b: mul(a, b, scale, zero_point), self.bounds)
+
+
+class QGlobalAvgPool(nn.Module):
+    """The mean over height and width, from the integers' sums, which are exact.
+
+    Args:
+        output: qparams of the result.
+    """
+
+    kernel_name = "mean of integers"
+
+    def __init__(self, output: QParams) -> None:
+        super().__init__()
+        self.enter = Quantize(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels, height, width) to (..., channels, 1, 1)."""
+        area = x.shape[-2] * x.shape[-1]
+        pieces = _groups_of_channels(_as_plain(x if x.dim() == 4 else x.unsqueeze(0)))
+        sums = torch.cat([piece.sum((2, 3), dtype=torch.int32).flatten() for piece in pieces])
+        means = sums.to(torch.float32).sub_(x.q_zero_point() * area).mul_(x.q_scale() / area)
+        quantized: Tensor = self.enter(means.reshape(*x.shape[:-2], 1, 1))
+        return quantized
 
 
 class QClamp(KernelModule):
@@ -335,6 +384,30 @@ class QPad(KernelModule):
             return _as_quantized(padded, x.q_scale(), zero_point)
 
         return run
+
+
+def _pieces(a: Tensor, b: Tensor, out: Tensor, layout: torch.memory_format) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Two inputs and a result in pieces for the calling thread, or whole if their layouts differ."""
+    tensors = (a, b, out)
+    if not all(x.is_contiguous(memory_format=layout) for x in tensors):
+        yield tensors
+        return
+    for start in range(0, out.numel(), PIECE):
+        length = min(PIECE, out.numel() - start)
+        first, second, third = (x.as_strided((length,), (1,), x.storage_offset() + start) for x in tensors)
+        yield first, second, third
+
+
+def _groups_of_channels(x: Tensor) -> Iterator[Tensor]:
+    """Images and groups of their channels that stay in the calling thread; all at once where those would be many."""
+    images, channels, height, width = x.shape
+    size = PIECE // (height * width)
+    if size < 64:
+        yield x
+        return
+    for image in range(images):
+        for start in range(0, channels, size):
+            yield x[image : image + 1, start : start + size]
 
 
 def _with_batch(run: Callable[[Tensor], Tensor], rank: int) -> Callable[[Tensor], Tensor]:
