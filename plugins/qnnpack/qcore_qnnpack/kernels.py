@@ -84,10 +84,12 @@ class Quantize(KernelModule):
         low, high = self.bounds or (0, 255)
 
         def run(x: Tensor) -> Tensor:
-            if x.numel() > PIECE:
+            if _layout(x) is None:
                 return whole(x)
-            # In the calling thread, where torch's own starts others for any size.
-            integers = (x * steps).round_().nan_to_num_(0.0).add_(zero_point).clamp_(low, high).to(torch.uint8)
+            # In the calling thread, where torch's own operator starts others for any size.
+            integers = torch.empty_like(x, dtype=torch.uint8)
+            for piece, out in _pieces(x, integers):
+                out.copy_((piece * steps).round_().nan_to_num_(0.0).add_(zero_point).clamp_(low, high))
             return _as_quantized(integers, scale, zero_point)
 
         return run
@@ -186,7 +188,9 @@ class QConv(_Weighted):
         kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
-        return _bounded(_with_batch(lambda x: overload(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+        return _bounded(
+            _with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2), self.bounds
+        )
 
 
 class QConvTranspose(_Weighted):
@@ -288,7 +292,8 @@ class QAdd(KernelModule):
                 return torch.quantize_per_tensor(a.dequantize() + b.dequantize(), scale, zero_point, _DTYPE)
             layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
             out = empty(a.shape, scale=scale, zero_point=zero_point, dtype=_DTYPE, memory_format=layout)
-            for x, y, z in _pieces(a, b, out, layout):
+            one_layout = all(x.is_contiguous(memory_format=layout) for x in (a, b))
+            for x, y, z in _pieces(a, b, out) if one_layout else ((a, b, out),):
                 add(x, y, z)
             return out
 
@@ -386,16 +391,35 @@ class QPad(KernelModule):
         return run
 
 
-def _pieces(a: Tensor, b: Tensor, out: Tensor, layout: torch.memory_format) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Two inputs and a result in pieces for the calling thread, or whole if their layouts differ."""
-    tensors = (a, b, out)
-    if not all(x.is_contiguous(memory_format=layout) for x in tensors):
-        yield tensors
-        return
-    for start in range(0, out.numel(), PIECE):
-        length = min(PIECE, out.numel() - start)
-        first, second, third = (x.as_strided((length,), (1,), x.storage_offset() + start) for x in tensors)
-        yield first, second, third
+def _layout(x: Tensor) -> torch.memory_format | None:
+    """How the elements of a tensor lie in memory, if they lie there without gaps."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape and one layout without gaps, side by side in pieces for the calling thread."""
+    number = tensors[0].numel()
+    for start in range(0, number, PIECE):
+        length = min(PIECE, number - start)
+        yield tuple(x.as_strided((length,), (1,), x.storage_offset() + start) for x in tensors)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Images in the layout that convolutions read, rearranged in the calling thread if they have another."""
+    if x.dim() != 4 or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    plain = _as_plain(x)
+    out = torch.empty(x.shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    rows = max(1, PIECE // max(1, x.shape[1] * x.shape[3]))
+    for image in range(x.shape[0]):
+        for start in range(0, x.shape[2], rows):
+            part = (slice(image, image + 1), slice(None), slice(start, start + rows))
+            out[part].copy_(plain[part])
+    return _as_quantized(out, x.q_scale(), x.q_zero_point())
 
 
 def _groups_of_channels(x: Tensor) -> Iterator[Tensor]:
