@@ -22,6 +22,8 @@ _DTYPE = torch.quint8
 #: its own. The threads of torch's go on spinning for milliseconds after they have worked, and take the processors from
 #: QNNPACK's: between two convolutions that costs far more than one thread needs for what lies between them.
 PIECE = 2**15 - 64
+#: Float32 numbers of this size are whole, so adding it rounds, ties to even; torch's own round starts threads.
+_ROUNDING = 1.5 * 2**23
 
 
 def supported_engines() -> list[str]:
@@ -89,7 +91,8 @@ class Quantize(KernelModule):
             # In the calling thread, where torch's own operator starts others for any size.
             integers = torch.empty_like(x, dtype=torch.uint8)
             for piece, out in _pieces(x, integers):
-                out.copy_((piece * steps).round_().nan_to_num_(0.0).add_(zero_point).clamp_(low, high))
+                within = (piece * steps).nan_to_num_(0.0).clamp_(low - zero_point, high - zero_point)
+                out.copy_(within.add_(_ROUNDING).sub_(_ROUNDING - zero_point))
             return _as_quantized(integers, scale, zero_point)
 
         return run
