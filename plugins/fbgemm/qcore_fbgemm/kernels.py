@@ -436,7 +436,8 @@ def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Call
 
     def bounded(*inputs: Tensor) -> Tensor:
         y = run(*inputs)
-        _as_plain(y).clamp_(low, high)  # On the storage of y itself.
-        return y
+        # On the memory of y itself, but returned as what the clamp gave: a compiler that sees only schemas doesn't know
+        # that the two share it, and would drop a clamp whose result nobody reads.
+        return _as_quantized(_as_plain(y).clamp_(low, high), y.q_scale(), y.q_zero_point())
 
     return bounded
