@@ -46,15 +46,19 @@ def _engine() -> Iterator[None]:
 
 
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the storage of a plain one."""
-    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    """A quantized tensor on the memory of a plain one."""
+    return _on_memory_of(x, torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE))
 
 
 def _as_plain(x: Tensor) -> Tensor:
-    """A plain tensor on the storage of a quantized one."""
-    shell = torch.empty(0, dtype=torch.uint8)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    """A plain tensor on the memory of a quantized one."""
+    return _on_memory_of(x, torch.empty(0, dtype=torch.uint8))
+
+
+def _on_memory_of(x: Tensor, shell: Tensor) -> Tensor:
+    # What lends its memory must be contiguous, which a view of nothing at the same place always is. Storage objects
+    # would do without, but they are nothing that a recorded call can have as an argument.
+    return shell.set_(x.as_strided((0,), (1,)), 0, x.size(), x.stride())  # type: ignore[call-overload, no-any-return]
 
 
 class Quantize(KernelModule):
@@ -432,7 +436,8 @@ def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Call
 
     def bounded(*inputs: Tensor) -> Tensor:
         y = run(*inputs)
-        _as_plain(y).clamp_(low, high)  # On the storage of y itself.
-        return y
+        # On the memory of y itself, but returned as what the clamp gave: a compiler that sees only schemas doesn't know
+        # that the two share it, and would drop a clamp whose result nobody reads.
+        return _as_quantized(_as_plain(y).clamp_(low, high), y.q_scale(), y.q_zero_point())
 
     return bounded

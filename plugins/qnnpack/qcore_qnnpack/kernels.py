@@ -11,13 +11,19 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized
 _DTYPE = torch.quint8
+#: Elements that are worked on in the calling thread; from 2**15 on torch uses its thread pool. QNNPACK has a pool of
+#: its own. The threads of torch's go on spinning for milliseconds after they have worked, and take the processors from
+#: QNNPACK's: between two convolutions that costs far more than one thread needs for what lies between them.
+PIECE = 2**15 - 64
+#: Float32 numbers of this size are whole, so adding it rounds, ties to even; torch's own round starts threads.
+_ROUNDING = 1.5 * 2**23
 
 
 def supported_engines() -> list[str]:
@@ -40,15 +46,19 @@ def _engine() -> Iterator[None]:
 
 
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the storage of a plain one."""
-    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    """A quantized tensor on the memory of a plain one."""
+    return _on_memory_of(x, torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE))
 
 
 def _as_plain(x: Tensor) -> Tensor:
-    """A plain tensor on the storage of a quantized one."""
-    shell = torch.empty(0, dtype=torch.uint8)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    """A plain tensor on the memory of a quantized one."""
+    return _on_memory_of(x, torch.empty(0, dtype=torch.uint8))
+
+
+def _on_memory_of(x: Tensor, shell: Tensor) -> Tensor:
+    # What lends its memory must be contiguous, which a view of nothing at the same place always is. Storage objects
+    # would do without, but they are nothing that a recorded call can have as an argument.
+    return shell.set_(x.as_strided((0,), (1,)), 0, x.size(), x.stride())  # type: ignore[call-overload, no-any-return]
 
 
 class Quantize(KernelModule):
@@ -71,7 +81,21 @@ class Quantize(KernelModule):
         quantize = torch.quantize_per_tensor
         with _engine():
             quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
-        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        steps = float(1.0 / torch.tensor(scale, dtype=torch.float32))
+        low, high = self.bounds or (0, 255)
+
+        def run(x: Tensor) -> Tensor:
+            if _layout(x) is None:
+                return whole(x)
+            # In the calling thread, where torch's own operator starts others for any size.
+            integers = torch.empty_like(x, dtype=torch.uint8)
+            for piece, out in _pieces(x, integers):
+                within = (piece * steps).nan_to_num_(0.0).clamp_(low - zero_point, high - zero_point)
+                out.copy_(within.add_(_ROUNDING).sub_(_ROUNDING - zero_point))
+            return _as_quantized(integers, scale, zero_point)
+
+        return run
 
 
 class Dequantize(KernelModule):
@@ -87,8 +111,14 @@ class Dequantize(KernelModule):
         super().__init__()
 
     def pack(self) -> Callable[[Tensor], Tensor]:
-        """Torch's own."""
-        return torch.dequantize
+        """Torch's own, and for few elements what stays in the calling thread."""
+
+        def run(x: Tensor) -> Tensor:
+            if x.numel() > PIECE:
+                return x.dequantize()
+            return x.int_repr().to(torch.float32).sub_(x.q_zero_point()).mul_(x.q_scale())
+
+        return run
 
 
 class _Weighted(KernelModule):
@@ -161,7 +191,9 @@ class QConv(_Weighted):
         kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
-        return _bounded(_with_batch(lambda x: overload(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+        return _bounded(
+            _with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2), self.bounds
+        )
 
 
 class QConvTranspose(_Weighted):
@@ -263,7 +295,9 @@ class QAdd(KernelModule):
                 return torch.quantize_per_tensor(a.dequantize() + b.dequantize(), scale, zero_point, _DTYPE)
             layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
             out = empty(a.shape, scale=scale, zero_point=zero_point, dtype=_DTYPE, memory_format=layout)
-            add(a, b, out)
+            one_layout = all(x.is_contiguous(memory_format=layout) for x in (a, b))
+            for x, y, z in _pieces(a, b, out) if one_layout else ((a, b, out),):
+                add(x, y, z)
             return out
 
         return _bounded(run, self.bounds)
@@ -288,6 +322,29 @@ class QMul(KernelModule):
         mul = _LIBRARY.mul.default
         scale, zero_point = self.qparams("output")
         return _bounded(lambda a, b: mul(a, b, scale, zero_point), self.bounds)
+
+
+class QGlobalAvgPool(nn.Module):
+    """The mean over height and width, from the integers' sums, which are exact.
+
+    Args:
+        output: qparams of the result.
+    """
+
+    kernel_name = "mean of integers"
+
+    def __init__(self, output: QParams) -> None:
+        super().__init__()
+        self.enter = Quantize(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels, height, width) to (..., channels, 1, 1)."""
+        area = x.shape[-2] * x.shape[-1]
+        pieces = _groups_of_channels(_as_plain(x if x.dim() == 4 else x.unsqueeze(0)))
+        sums = torch.cat([piece.sum((2, 3), dtype=torch.int32).flatten() for piece in pieces])
+        means = sums.to(torch.float32).sub_(x.q_zero_point() * area).mul_(x.q_scale() / area)
+        quantized: Tensor = self.enter(means.reshape(*x.shape[:-2], 1, 1))
+        return quantized
 
 
 class QClamp(KernelModule):
@@ -337,6 +394,49 @@ class QPad(KernelModule):
         return run
 
 
+def _layout(x: Tensor) -> torch.memory_format | None:
+    """How the elements of a tensor lie in memory, if they lie there without gaps."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape and one layout without gaps, side by side in pieces for the calling thread."""
+    number = tensors[0].numel()
+    for start in range(0, number, PIECE):
+        length = min(PIECE, number - start)
+        yield tuple(x.as_strided((length,), (1,), x.storage_offset() + start) for x in tensors)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Images in the layout that convolutions read, rearranged in the calling thread if they have another."""
+    if x.dim() != 4 or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    plain = _as_plain(x)
+    out = torch.empty(x.shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    rows = max(1, PIECE // max(1, x.shape[1] * x.shape[3]))
+    for image in range(x.shape[0]):
+        for start in range(0, x.shape[2], rows):
+            part = (slice(image, image + 1), slice(None), slice(start, start + rows))
+            out[part].copy_(plain[part])
+    return _as_quantized(out, x.q_scale(), x.q_zero_point())
+
+
+def _groups_of_channels(x: Tensor) -> Iterator[Tensor]:
+    """Images and groups of their channels that stay in the calling thread; all at once where those would be many."""
+    images, channels, height, width = x.shape
+    size = PIECE // (height * width)
+    if size < 64:
+        yield x
+        return
+    for image in range(images):
+        for start in range(0, channels, size):
+            yield x[image : image + 1, start : start + size]
+
+
 def _with_batch(run: Callable[[Tensor], Tensor], rank: int) -> Callable[[Tensor], Tensor]:
     """``run``, whose kernel takes batches only, on an input of ``rank`` or more dimensions or of one without batch."""
 
@@ -359,7 +459,8 @@ def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Call
 
     def bounded(*inputs: Tensor) -> Tensor:
         y = run(*inputs)
-        _as_plain(y).clamp_(low, high)  # On the storage of y itself.
-        return y
+        # On the memory of y itself, but returned as what the clamp gave: a compiler that sees only schemas doesn't know
+        # that the two share it, and would drop a clamp whose result nobody reads.
+        return _as_quantized(_as_plain(y).clamp_(low, high), y.q_scale(), y.q_zero_point())
 
     return bounded

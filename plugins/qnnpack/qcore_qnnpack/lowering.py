@@ -80,6 +80,12 @@ def mul(call: QuantizedCall) -> nn.Module | Declined:
     return kernels.QMul(call.quantized_output) if len(call.inputs) == 2 else _float_kernel(call)
 
 
+def global_avg_pool(call: QuantizedCall) -> nn.Module | Declined:
+    """An average over whole images; over parts of them, in float."""
+    is_global = call.args[1] in (1, (1, 1), [1, 1])
+    return kernels.QGlobalAvgPool(call.quantized_output) if is_global else _float_kernel(call)
+
+
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
     low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
@@ -107,12 +113,13 @@ RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.LINEAR, linear),
     LoweringRule(op.ADD, add),
     LoweringRule(op.MUL, mul),
+    LoweringRule(op.ADAPTIVE_AVG_POOL[1], global_avg_pool),
     LoweringRule(op.CLAMP, clamp),
     LoweringRule(op.PAD, pad),
     *(
         _in_float(operator)
         for operator in (
-            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.HARDSIGMOID, op.SIGMOID, op.TANH,
+            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL[::2], op.MEAN, op.HARDSWISH, op.HARDSIGMOID, op.SIGMOID, op.TANH,
             op.LEAKY_RELU, op.ELU, op.INTERPOLATE, op.CAT, op.STACK, op.MAX_POOL[2],
         )
     ),
