@@ -138,12 +138,12 @@ def test_what_other_data_could_change_is_refused(why: str) -> None:
 @WAYS
 def test_a_shell_around_memory_of_another_tensor_is_one_around_the_replayed_one(way: Any) -> None:
     def shell(x: Tensor) -> Tensor:
-        y = x + 1
+        y = (x + 1).t()
         return torch.empty(0, dtype=torch.int32).set_(y.untyped_storage(), 0, y.size(), y.stride())
 
-    _, recording = record(lambda: shell(x), [x := torch.randn(3)])
-    other = torch.randn(3)
-    assert torch.equal(way(recording)(other)[0], (other + 1).view(torch.int32))
+    _, recording = record(lambda: shell(x), [x := torch.randn(3, 2)])
+    other = torch.randn(3, 2)
+    assert torch.equal(way(recording)(other)[0], (other + 1).view(torch.int32).t())
 
 
 def test_what_is_refused_leaves_the_input_alone() -> None:

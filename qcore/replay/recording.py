@@ -157,8 +157,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is _SET_STORAGE:
-            # Said with a tensor in the place of its storage, which no recording can hold.
-            function, args = _SET_TENSOR, (args[0], self.owner(args[1]), *args[2:])
+            # Said with a row of all its elements in the place of the storage, which no recording can hold.
+            owner = self.owner(args[1])
+            sizes = (args[1].nbytes() // owner.element_size(),), (1,), 0
+            row = self.__torch_dispatch__(torch.ops.aten.as_strided.default, types, (owner, *sizes))
+            function, args = _SET_TENSOR, (args[0], row, *args[2:])
         self.refuse_what_differs(function, args, kwargs)
         read = self.read(args), {name: self.read(value) for name, value in kwargs.items()}
         results = function(*args, **kwargs)

@@ -1,9 +1,11 @@
-"""The kernels: oneDNN's operators on plain tensors, and a few of torch's quantized ones (see ``quantized``).
+"""The one room that calls torch's native operators: oneDNN's on plain tensors, and a few of torch's quantized ones.
 
-Where a torch no longer has the quantized ones, plain float arithmetic takes their place.
+A plain tensor and a quantized one share their storage (``_as_quantized``, ``_as_plain``), so nothing is copied between
+the two families. Where a torch no longer has the quantized ones, plain float arithmetic takes their place.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor
 from qcore import ops
 from qcore.errors import BackendUnavailableError
 from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
-from qcore_x86_onednn import quantized
 from qcore_x86_onednn.observers import largest_sum
 
 _ONEDNN = torch.ops.onednn
@@ -26,6 +27,22 @@ _NEEDED = (
     "qlinear_pointwise",
     "qlinear_prepack",
 )
+
+_QUANTIZED_DTYPE: torch.dtype = getattr(torch, "quint8", torch.uint8)
+
+_HAS_QUANTIZED = (
+    torch.uint8 != _QUANTIZED_DTYPE
+    and hasattr(torch, "_empty_affine_quantized")
+    and hasattr(torch, "quantize_per_tensor")
+    and hasattr(torch.ops.quantized, "max_pool2d")
+)
+
+if _HAS_QUANTIZED:
+    with warnings.catch_warnings():
+        # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
+        warnings.simplefilter("ignore")
+        torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, _QUANTIZED_DTYPE)
 
 
 def missing_kernels() -> list[str]:
@@ -89,6 +106,51 @@ def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
     return merged.view(out, number * width, *kernel)
 
 
+def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """A quantized tensor on the storage of a plain one."""
+    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE)
+    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+def _as_plain(x: Tensor) -> Tensor:
+    """A plain tensor on the storage of a quantized one."""
+    shell = torch.empty(0, dtype=torch.uint8)
+    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Float to uint8."""
+    return _as_plain(torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE))
+
+
+def _dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """uint8 to float."""
+    return _as_quantized(x, scale, zero_point).dequantize()
+
+
+def _add(
+    a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
+) -> Tensor:
+    """A sum of two tensors of the same shape; the qparams are scales and zero points."""
+    layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
+    scale, zero_point = qparams
+    out = torch._empty_affine_quantized(
+        a.shape, scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE, memory_format=layout
+    )
+    # The form with an output doesn't look at the process's quantized engine.
+    torch.ops.quantized.add.out(_as_quantized(a, *a_qparams), _as_quantized(b, *b_qparams), out)
+    return _as_plain(out)
+
+
+def _mul(
+    a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
+) -> Tensor:
+    """A product of two tensors that broadcast; the qparams are scales and zero points."""
+    return _as_plain(
+        torch.ops.quantized.mul.default(_as_quantized(a, *a_qparams), _as_quantized(b, *b_qparams), *qparams)
+    )
+
+
 class Quantize(KernelModule):
     """Float to uint8.
 
@@ -106,11 +168,11 @@ class Quantize(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
         scale, zero_point = self.qparams("output")
-        if not quantized.HAS_QUANTIZED:
+        if not _HAS_QUANTIZED:
             low, high = self.bounds or (0, 255)
             arguments = (self.output_scale, self.output_zero_point, low, high, torch.uint8)
             return lambda x: ops.quantize_per_tensor(x, *arguments)
-        return _bounded(lambda x: quantized.quantize(x, scale, zero_point), self.bounds)
+        return _bounded(lambda x: _quantize(x, scale, zero_point), self.bounds)
 
 
 class Dequantize(KernelModule):
@@ -129,9 +191,9 @@ class Dequantize(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
         scale, zero_point = self.qparams("input")
-        if not quantized.HAS_QUANTIZED:
+        if not _HAS_QUANTIZED:
             return lambda x: ops.dequantize_per_tensor(x, self.input_scale, self.input_zero_point)
-        return lambda x: quantized.dequantize(x, scale, zero_point)
+        return lambda x: _dequantize(x, scale, zero_point)
 
 
 class _Weighted(KernelModule):
@@ -411,12 +473,12 @@ class QAdd(_Binary):
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; not ``onednn::qadd``, which is slower and wrong for mixed layouts."""
         in_float = self.in_float(torch.add)
-        if not quantized.HAS_QUANTIZED:
+        if not _HAS_QUANTIZED:
             return in_float
         qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
 
         def run(a: Tensor, b: Tensor) -> Tensor:
-            return quantized.add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
+            return _add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
 
         return _bounded(run, self.bounds)
 
@@ -428,10 +490,10 @@ class QMul(_Binary):
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
-        if not quantized.HAS_QUANTIZED:
+        if not _HAS_QUANTIZED:
             return self.in_float(torch.mul)
         qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
-        return _bounded(lambda a, b: quantized.mul(a, b, *qparams), self.bounds)
+        return _bounded(lambda a, b: _mul(a, b, *qparams), self.bounds)
 
 
 class QMaxPool2d(KernelModule):
@@ -450,7 +512,7 @@ class QMaxPool2d(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
         geometry = self.geometry
-        if quantized.HAS_QUANTIZED:
+        if _HAS_QUANTIZED:
             kernel = torch.ops.quantized.max_pool2d.default
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)

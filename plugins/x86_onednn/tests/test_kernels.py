@@ -274,7 +274,7 @@ def test_the_same_model_without_quantized_kernels(monkeypatch: pytest.MonkeyPatc
     for case in CASES:
         models = make(case.build(), *case.inputs(2))
         with monkeypatch.context() as patch:
-            patch.setattr(kernels.quantized, "HAS_QUANTIZED", False)
+            patch.setattr(kernels, "_HAS_QUANTIZED", False)
             bare = pickle.loads(pickle.dumps(models[1])), make(case.build(), *case.inputs(2))
             inputs = case.inputs(3)
             assert steps((models[0], bare[0]), *inputs) <= 2.01, case.name
