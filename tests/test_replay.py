@@ -119,6 +119,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "it decides by data": lambda x: x if x.sum() > 0 else -x,
     "it compares": lambda x: x if torch.equal(x, x) else -x,
     "it draws random numbers": lambda x: F.dropout(x, training=True),
+    "it attends with dropout": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
     "its sizes depend on data": lambda x: x.nonzero(),
     "it picks by a mask": lambda x: x[x > 0],
     "it writes into its input": lambda x: x.relu_(),

@@ -82,6 +82,12 @@ class QGraphModule(fx.GraphModule):
         self.replay_calls()
         return self
 
+    @property
+    def replayed_forms(self) -> int:
+        """For how many forms of calls (shapes, strides, dtypes) a converted module has a recording to replay."""
+        executor = vars(self).get("_executor")
+        return executor.replayed_forms if isinstance(executor, Executor) else 0
+
     def replay_calls(self) -> None:
         """Let a converted module run without Python between its operators, wherever that gives the same."""
         preparation = vars(self).get("meta", {}).get("qcore")

@@ -107,6 +107,11 @@ class Executor:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Executor":
         return self  # A copy of the module makes one of its own.
 
+    @property
+    def replayed_forms(self) -> int:
+        """For how many forms of calls there is a recording that was proven."""
+        return sum(program is not None for program in self.programs.values())
+
     def start_anew(self) -> None:
         """Look at the module as it is now."""
         modules = list(self.module.modules())
@@ -166,7 +171,7 @@ class _UnknownFormError(Exception):
 def _form(value: Any, tensors: list[Tensor]) -> Any:
     kind = type(value)
     if kind is Tensor or kind is nn.Parameter:
-        if value.layout is not torch.strided:
+        if value.layout is not torch.strided or value.is_quantized:
             raise _UnknownFormError
         tensors.append(value)
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad

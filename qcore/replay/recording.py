@@ -18,7 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset
 _SET_TENSOR = torch.ops.aten.set_.source_Tensor_storage_offset
-_REFUSED_TAGS = (torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded)
+#: Qparams of quantized tensors are numbers of the model, not data: what would compute them from data is refused.
+_READ_QPARAMS = (torch.ops.aten.q_scale.default, torch.ops.aten.q_zero_point.default)
+_COMPUTE_QPARAMS = ("aten::quantize_per_tensor_dynamic", "aten::quantize_per_tensor.tensor_qparams")
 
 
 class NotReplayableError(Exception):
@@ -156,6 +158,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in _READ_QPARAMS:
+            return function(*args)
         if function is _SET_STORAGE:
             # Said with a row of all its elements in the place of the storage, which no recording can hold.
             owner = self.owner(args[1])
@@ -199,8 +203,10 @@ class _Recorder(TorchDispatchMode):
 
     def refuse_what_differs(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Operators that the next call might not call, or that would do something else to it."""
-        if not isinstance(function, torch._ops.OpOverload) or any(tag in function.tags for tag in _REFUSED_TAGS):
-            raise NotReplayableError(f"{function} depends on more than its arguments")
+        if not isinstance(function, torch._ops.OpOverload) or function.name() in _COMPUTE_QPARAMS:
+            raise NotReplayableError(f"{function} can't be recorded")
+        if torch.Tag.nondeterministic_seeded in function.tags and not _drops_nothing(function, args, kwargs):
+            raise NotReplayableError(f"{function} draws random numbers")
         # Indexing has such a shape only where the index is a mask.
         if torch.Tag.dynamic_output_shape in function.tags and not _indexes_by_numbers(function, args):
             raise NotReplayableError(f"the shape of {function} depends on data")
@@ -233,6 +239,15 @@ def _storage(thing: Any) -> int:
 
 def _is_given(tensor: Tensor, recorder: _Recorder) -> bool:
     return tensor not in recorder.values or _storage(tensor) in recorder.given
+
+
+def _drops_nothing(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator draws random numbers only for a dropout, and has none to do."""
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(given == 0)
+    return False
 
 
 def _indexes_by_numbers(function: Any, args: tuple[Any, ...]) -> bool:

@@ -19,6 +19,7 @@ from qcore.plugins.manager import get_backend
 from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantize_fx import convert_fx, convert_to_reference_fx, explain, get_default_qconfig_mapping, prepare_fx
+from qcore.replay.executor import as_written
 from qcore.testing.cases import CASES, EXTREME_CASES, Case
 
 _PER_TENSOR = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
@@ -93,9 +94,11 @@ class BackendConformance:
     Attributes:
         backend: the backend's name.
         tolerance: how many steps a kernel may differ from the reference model; chains of two roundings get one more.
+        replays: whether all kernels are ``replayable``, so that recordings can stand for calls.
     """
 
     backend: ClassVar[str]
+    replays: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1.01
 
     @pytest.fixture(autouse=True)
@@ -132,6 +135,19 @@ class BackendConformance:
         reference, converted = self.make(case)
         for batch in (2, 1, 3):
             self.check(case, reference, converted, batch)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_replayed_calls_compute_the_same_bits(self, case: Case) -> None:
+        """From the third call of a form on, a recording is replayed, on whatever data."""
+        _, converted = self.make(case)
+        assert isinstance(converted, QGraphModule)
+        for _ in range(4):
+            inputs = case.inputs(2)
+            with torch.no_grad():
+                found = converted(*inputs)
+                with as_written():
+                    assert torch.equal(converted(*inputs), found)
+        assert converted.replayed_forms == int(self.replays)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_an_empty_batch_gives_an_empty_result(self, case: Case) -> None:

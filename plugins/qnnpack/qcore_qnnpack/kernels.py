@@ -332,6 +332,7 @@ class QGlobalAvgPool(nn.Module):
     """
 
     kernel_name = "mean of integers"
+    replayable = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
