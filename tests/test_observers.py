@@ -410,3 +410,23 @@ def test_qparams_found_together_are_those_found_one_by_one(arguments):
     together = HistogramObserver.calculate_all(observers)
     assert [(scale.tolist(), zero_point.tolist()) for scale, zero_point in together] == alone
     assert [qparams(observer) for observer in observers] == alone
+
+
+def test_a_histogram_takes_no_memory_before_any_data_and_loads_with_it():
+    fresh, used = HistogramObserver(bins=64), HistogramObserver(bins=64)
+    assert fresh.histogram.numel() == 0
+    assert not fresh.has_data
+    with torch.inference_mode():
+        used(torch.linspace(-1, 2, 100))
+    used(torch.linspace(-1, 3, 100))
+    fresh.load_state_dict(used.state_dict())
+    assert torch.equal(fresh.histogram, used.histogram) and fresh.histogram.sum() == 200
+    assert fresh.calculate_qparams() == used.calculate_qparams()
+    fresh(torch.linspace(-1, 2, 100))
+    assert fresh.histogram.sum() == 300
+    used.load_state_dict(HistogramObserver(bins=64).state_dict())
+    assert not used.has_data
+    used(torch.ones(3))
+    assert used.histogram.sum() == 3
+    with pytest.raises(ConfigError, match="has 64 bins in the state_dict, and 32 here"):
+        HistogramObserver(bins=32).load_state_dict(fresh.state_dict())

@@ -186,6 +186,10 @@ class RangeObserver(ObserverBase):
     max_val: Tensor
     nonfinite: Tensor
 
+    #: Buffers that get their shape from the first tensor, such as the number of its channels, so that a saved one has
+    #: another shape than a fresh one.
+    learns_shapes: tuple[str, ...] = ("min_val", "max_val")
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._buffers.update(min_val=torch.tensor(math.inf), max_val=torch.tensor(-math.inf), nonfinite=torch.tensor(0))
@@ -247,9 +251,7 @@ class RangeObserver(ObserverBase):
         self.nonfinite.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A per-channel observer learns its number of channels from its first tensor, so a saved one has another shape
-        # than a fresh one.
-        for name in ("min_val", "max_val"):
+        for name in self.learns_shapes:
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.min_val.device))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qcore.errors import ConfigError
 from qcore.observer.base import ObserverBase, RangeObserver, qparams_from_range, symmetric_zero_point
 from qcore.observer.range_search import Histogram, ranges_of_least_error
 
@@ -46,7 +47,7 @@ class HistogramObserver(RangeObserver):
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
 
     Attributes:
-        histogram: number of values in each bin (float64).
+        histogram: number of values in each bin (float64); empty before any data.
         first_bin: index on the grid of the first bin: it begins at ``first_bin * 2**exponent``.
         exponent: logarithm to base 2 of the bins' width.
     """
@@ -57,12 +58,13 @@ class HistogramObserver(RangeObserver):
     bins: int
     _chosen: tuple[Tensor, Tensor] | None
     _grid: _Grid | None
+    learns_shapes = ("min_val", "max_val", "histogram")
 
     def __init__(self, bins: int = 2048, **arguments: Any) -> None:
         super().__init__(**arguments)
         vars(self).update(bins=bins, _chosen=None, _grid=None)
         self._buffers.update(
-            histogram=torch.zeros(bins, dtype=torch.float64), first_bin=torch.tensor(0), exponent=torch.tensor(0)
+            histogram=torch.zeros(0, dtype=torch.float64), first_bin=torch.tensor(0), exponent=torch.tensor(0)
         )
 
     def _forget(self) -> None:
@@ -94,6 +96,8 @@ class HistogramObserver(RangeObserver):
 
     def _fit_grid(self) -> None:
         """Double the bins' width until all values seen lie on the grid, and merge the bins."""
+        if not self.histogram.numel():  # Bins that may never be needed take no memory.
+            self.histogram.resize_(self.bins).zero_()
         low, high = min(float(self.min_val), 0.0), max(float(self.max_val), 0.0)
         exponent = max(math.frexp((high - low) / self.bins)[1] - 1, -126)
         # One bin stays free, as a value just below the end of the last one may be rounded up.
@@ -155,6 +159,9 @@ class HistogramObserver(RangeObserver):
         self._forget()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        counts = state_dict.get(f"{prefix}histogram")
+        if counts is not None and counts.numel() not in (0, self.bins):
+            raise ConfigError(f"{prefix}histogram has {counts.numel()} bins in the state_dict, and {self.bins} here")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
 
