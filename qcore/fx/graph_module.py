@@ -14,7 +14,6 @@ from torch import fx, nn
 from qcore.backend_config import BackendConfig
 from qcore.errors import GuardError
 from qcore.quantization_plan import PythonModule, QuantizationPlan
-from qcore.replay.executor import Executor
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class QGraphModule(fx.GraphModule):
     def replayed_forms(self) -> int:
         """For how many forms of calls (shapes, strides, dtypes) a converted module has a recording to replay."""
         executor = vars(self).get("_executor")
-        return executor.replayed_forms if isinstance(executor, Executor) else 0
+        return 0 if executor is None else int(executor.replayed_forms)
 
     def replay_calls(self) -> None:
         """Let a converted module run without Python between its operators, wherever that gives the same."""
@@ -94,6 +93,8 @@ class QGraphModule(fx.GraphModule):
         if preparation is None or preparation.stage != "converted" or vars(self).get("_is_raw"):
             return
         if type(self).forward is not _replay:
+            from qcore.replay.executor import Executor  # Here, as whoever converts nothing needn't wait for it.
+
             vars(self)["_executor"] = Executor(self, type(self).forward)
             type(self).forward = _replay
 

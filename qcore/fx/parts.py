@@ -27,7 +27,7 @@ from qcore.quantization_plan import PythonModule
 _WEIGHTED = tuple(known for known, form in MODULES.items() if "weight" in form.tensors[:1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """A module that was traced and proven.
 
@@ -48,7 +48,7 @@ class Part:
     kept: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parts:
     """What became of a model.
 

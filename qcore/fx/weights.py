@@ -23,7 +23,7 @@ JOINED_LIMIT = 1 << 18
 _LEAST_RANGE = 1e-30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FloatWeight:
     """A weight that is to be quantized.
 
@@ -38,7 +38,7 @@ class FloatWeight:
     tensor: QuantizedTensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IntegerWeight:
     """A weight as integers, ``(values - zero_point) * scale``.
 

@@ -8,6 +8,9 @@ from torch import Tensor
 from qcore.dtypes import QScheme
 from qcore.observer.base import RangeObserver
 
+#: Numbers of a weight that are rounded at a time: it takes several times their memory.
+_BLOCK = 1 << 18
+
 
 class MinMaxObserver(RangeObserver):
     """Running minimum and maximum of the whole tensor.
@@ -82,9 +85,14 @@ class PerChannelMinMaxObserver(RangeObserver):
             return super().quantize(x)
         scale, zero_point = self.calculate_qparams()
         rows = x.movedim(self.ch_axis, 0)
-        steps = rows.flatten(1) / scale[:, None] + zero_point[:, None]
-        rounded = sum_preserving_round(steps, self.quant_min, self.quant_max)
-        return rounded.reshape(rows.shape).movedim(0, self.ch_axis).to(self.dtype)
+        rounded = torch.empty(rows.shape, dtype=self.dtype, device=x.device)
+        some = max(1, _BLOCK // max(1, rows[:1].numel()))
+        for first in range(0, len(rows), some):
+            block = slice(first, first + some)
+            steps = rows[block].flatten(1) / scale[block, None] + zero_point[block, None]
+            whole = sum_preserving_round(steps, self.quant_min, self.quant_max)
+            rounded[block] = whole.reshape(rounded[block].shape).to(self.dtype)
+        return rounded.movedim(0, self.ch_axis)
 
 
 def sum_preserving_round(steps: Tensor, low: int, high: int) -> Tensor:

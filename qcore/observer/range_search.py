@@ -29,7 +29,7 @@ _ROW_STEP = 64
 _BLOCK = 1 << 17
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Histogram:
     """What an observer saw.
 
