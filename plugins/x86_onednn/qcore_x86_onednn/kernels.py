@@ -243,6 +243,25 @@ class _Weighted(KernelModule):
         """The weight in the form in which the kernel gets it."""
         return self.weight
 
+    @property
+    def pads(self) -> bool:
+        """Whether the kernel puts the input's zero point around it."""
+        return False
+
+    def input_arguments(self) -> tuple[float, int, Tensor | None]:
+        """Scale and zero point of the input, and the bias, as the kernels take them.
+
+        What a zero point takes from each sum is the same for every output of a channel, unless some of them see
+        padding. In the bias it costs nothing; the kernels take up to twice as long with a zero point.
+        """
+        scale, zero_point = self.qparams("input")
+        if zero_point == 0 or self.pads:
+            return scale, zero_point, self.bias
+        sums = self.weight.flatten(1).sum(1, dtype=torch.int64)
+        taken = sums.to(torch.float64) * self.weight_scale.to(torch.float64) * (scale * zero_point)
+        bias = -taken if self.bias is None else self.bias.to(torch.float64) - taken
+        return scale, 0, bias.to(torch.float32)
+
     def packed(self) -> Any:
         """What ``pack`` gave, made once.
 
@@ -296,6 +315,11 @@ class QConv(_Weighted):
         self.merged = merged
 
     @property
+    def pads(self) -> bool:
+        """Whether there is any padding."""
+        return any(self.geometry[1])
+
+    @property
     def knows_relu(self) -> bool:
         """The 3d kernel computes no activation."""
         return self.dimensions < 3
@@ -310,19 +334,19 @@ class QConv(_Weighted):
         """The weight with groups merged."""
         return self.weight if self.merged == 1 else merge_groups(self.weight, self.geometry[3], self.merged)
 
-    def _constants(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What the kernels take after the activation, and the geometry."""
+    def _constants(self) -> tuple[tuple[Any, ...], tuple[Any, ...], Tensor | None]:
+        """What the kernels take after the activation, the geometry, and the bias."""
         weight = self.kernel_weight()
         geometry = (*self.geometry[:3], self.geometry[3] // self.merged)
-        input_scale, input_zero_point = self.qparams("input")
+        input_scale, input_zero_point, bias = self.input_arguments()
         packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, input_scale, input_zero_point, *geometry, None)
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
-        return (input_scale, input_zero_point, packed, self.weight_scale, zero_points), geometry
+        return (input_scale, input_zero_point, packed, self.weight_scale, zero_points), geometry, bias
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
-        (constants, geometry), bias = self._constants(), self.bias
+        constants, geometry, bias = self._constants()
         arguments = (bias, *geometry, *self.output_arguments(), *self.activation)
         dimensions = self.dimensions
 
@@ -358,7 +382,7 @@ class QConvAdd(QConv):
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:  # type: ignore[override]
         """The kernel with its constants bound."""
         kernel = _ONEDNN.qconv2d_pointwise.binary
-        (constants, geometry), bias = self._constants(), self.bias
+        constants, geometry, bias = self._constants()
         tail = (*self.qparams("output"), torch.uint8, *self.qparams("other"), "sum", 1.0, *self.activation)
         arguments = (bias, *geometry, *tail)
         overwrites, channels_last = self.overwrites, torch.channels_last
@@ -394,7 +418,8 @@ class QLinear(_Weighted):
         # A weight that isn't packed would crash the process, so it is packed in the same line.
         packed = _ONEDNN.qlinear_prepack(self.weight.contiguous(), None)
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
-        constants = (*self.qparams("input"), packed, self.weight_scale, zero_points, self.bias)
+        scale, zero_point, bias = self.input_arguments()
+        constants = (scale, zero_point, packed, self.weight_scale, zero_points, bias)
         tail = (*self.output_arguments(), *self.activation)
         width = self.weight.shape[0]
 
