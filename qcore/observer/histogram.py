@@ -19,7 +19,7 @@ from qcore.observer.range_search import Histogram, ranges_of_least_error
 #: Up to how many values all of a tensor enter its histogram. Of a larger one every n-th value does and counts n times:
 #: ``SAMPLE_SHARE`` of them, but at least ``LEAST_SAMPLE`` and at most ``LARGEST_SAMPLE``.
 WHOLE_LIMIT = 1 << 14
-LEAST_SAMPLE = 1 << 12
+LEAST_SAMPLE = 1 << 13
 LARGEST_SAMPLE = 1 << 16
 SAMPLE_SHARE = 32
 
