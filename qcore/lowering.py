@@ -20,7 +20,7 @@ from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
-from qcore.replay.executor import forget_recordings
+from qcore.replay.executor import look_again
 
 # Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 _packing = threading.Lock()
@@ -142,6 +142,7 @@ class KernelModule(nn.Module):
         replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
             at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
             that can't promise this says ``replayable = False``, and its whole model runs from Python.
+        state_token: another object whenever the state has changed.
     """
 
     replayable = True
@@ -149,6 +150,7 @@ class KernelModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._packed: Any = None
+        self.state_token = object()
 
     def add_qparams(self, name: str, qparams: QParams) -> None:
         """Register ``{name}_scale`` and ``{name}_zero_point`` as buffers, so that a state_dict is complete."""
@@ -189,7 +191,8 @@ class KernelModule(nn.Module):
     def unpack(self) -> None:
         """Drop what was packed: the state it was made of changes."""
         self._packed = None
-        forget_recordings()
+        self.state_token = object()
+        look_again()
 
 
 class WeightKernel(KernelModule):

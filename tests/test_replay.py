@@ -1,6 +1,7 @@
 """Recordings of calls: that they give the same, and that whatever they can't know sends a call back to the model."""
 
 import copy
+import inspect
 import io
 import threading
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qcore.lowering import KernelModule
+from qcore.replay import executor as executor_module
 from qcore.replay import torchscript
-from qcore.replay.executor import MAX_FORMS, Executor, as_written, forget_recordings
+from qcore.replay.executor import MAX_FORMS, Executor, as_written, look_again
 from qcore.replay.recording import NotReplayableError, record
 from qcore.replay.straight_line import as_function
 from qcore.replay.torchscript import as_torchscript
@@ -350,6 +352,117 @@ def test_whoever_watches_operators_sees_them(scaled: tuple[Executor, Scale]) -> 
 
 
 @torch.no_grad()
+def test_what_is_written_into_a_result_is_not_in_the_next() -> None:
+    class Shape(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, torch.tensor([x.shape[0], 7])
+
+    executor, _ = executed(nn.Sequential(nn.Linear(2, 2)))
+    executor.forward = lambda module, x: Shape()(x)
+    x = torch.randn(3, 2)
+    for _ in range(5):
+        first, second = executor(x)
+        assert second.tolist() == [3, 7]
+        first.add_(1)
+        second.add_(100)
+    assert executor.replayed_forms == 1
+
+
+@torch.no_grad()
+def test_another_model_that_is_packed_anew_takes_no_recording_away(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    for _ in range(3):
+        Scale(1.0).to("cpu")
+        assert python_runs(*scaled, torch.randn(2, 3)) == 0
+
+
+@torch.no_grad()
+def test_replaced_modules_and_changed_attributes_count_at_once() -> None:
+    executor, module = executed(nn.Sequential(Scale(2.0), nn.LeakyReLU(0.5)))
+    x = -torch.ones(2)
+    for _ in range(3):
+        assert executor(x).tolist() == [-1, -1]
+    module.get_submodule("1").negative_slope = 0.25
+    assert executor(x).tolist() == [-0.5, -0.5]
+    for _ in range(3):
+        executor(x)
+    module.get_submodule("1").forward = lambda x: x + 1
+    assert executor(x).tolist() == [-1, -1]
+    for _ in range(3):
+        executor(x)
+    setattr(module, "0", Scale(10.0))
+    assert executor(x).tolist() == [-9, -9]
+
+
+@torch.no_grad()
+def test_a_recording_that_was_overtaken_is_dropped(
+    scaled: tuple[Executor, Scale], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, kernel = scaled
+    x = torch.randn(2, 3)
+    executor(x)
+
+    def slow(recording: Any, *others: Any) -> Any:
+        monkeypatch.undo()
+        program = executor_module._proven(recording, *others)
+        kernel.load_state_dict({"factor": torch.tensor(5.0)})  # As another thread might.
+        executor(x)
+        return program
+
+    monkeypatch.setattr(executor_module, "_proven", slow)
+    executor(x)
+    for _ in range(3):
+        assert torch.equal(executor(x), executor.module.get_submodule("1")(x * 5.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("x", [torch.ones(2, 4), torch.zeros(1), torch.ones(3, dtype=torch.int64)])
+def test_what_is_read_past_the_operators_is_found_out_on_constant_data_too(x: Tensor) -> None:
+    executor, _ = executed(nn.Sequential(nn.Linear(2, 2)))
+    executor.forward = lambda module, x: x * 2 + torch.tensor([x.sum(), x.max()]).sum()
+    for _ in range(3):
+        executor(x)
+    other = torch.arange(float(x.numel())).reshape(x.shape).to(x.dtype)
+    assert torch.equal(executor(other), executor.forward(None, other))
+
+
+@torch.no_grad()
+def test_a_place_in_memory_is_no_part_of_a_form() -> None:
+    executor, _ = executed(nn.Sequential(nn.Linear(2, 2)))
+    executor.forward = lambda module, x: x + x.as_strided((2, 4), (4, 1), x.storage_offset())
+    for _ in range(3):
+        executor(torch.randn(2, 4))
+    part = torch.randn(5, 4)[3:5]
+    assert torch.equal(executor(part), 2 * part)
+
+
+@torch.no_grad()
+def test_running_statistics_are_updated_once_a_call() -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    executor, _ = executed(nn.Sequential(nn.Linear(2, 2)))
+    executor.forward = lambda module, x: F.batch_norm(x, mean, var, training=True, momentum=0.5)
+    for number in range(1, 5):
+        executor(torch.ones(4, 3))
+        assert torch.allclose(mean, torch.full((3,), 1 - 0.5**number))
+
+
+@torch.no_grad()
+def test_an_interrupted_recording_is_made_at_the_next_call(scaled: tuple[Executor, Scale]) -> None:
+    executor, kernel = scaled
+    x = torch.randn(2, 3)
+    executor(x)
+    forward = executor.forward
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    executor.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        executor(x)
+    executor.forward = forward
+    assert [python_runs(executor, kernel, x) for _ in range(3)] == [2, 0, 0]
+
+
 def test_threads_may_call_at_once(scaled: tuple[Executor, Scale]) -> None:
     executor, _ = scaled
     wrong: list[int] = []
@@ -358,10 +471,12 @@ def test_threads_may_call_at_once(scaled: tuple[Executor, Scale]) -> None:
         x = torch.randn(2 + seed % 3, 3, generator=torch.Generator().manual_seed(seed))
         wanted = executor.forward(executor.module, x)
         for _ in range(20):
-            if not torch.equal(executor(x), wanted):
+            with torch.no_grad():
+                found = executor(x)
+            if not torch.equal(found, wanted):
                 wrong.append(seed)
             if seed == 0:
-                forget_recordings()
+                look_again()
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
@@ -400,6 +515,7 @@ def test_a_converted_model_replays_and_survives_copies(tmp_path: Any) -> None:
     converted = qcore.convert_fx(prepared)
     with torch.no_grad(), as_written():
         wanted = converted(x)
+    assert list(inspect.signature(converted.forward).parameters) == ["input"]
     buffer = io.BytesIO()
     torch.save(converted, buffer)
     buffer.seek(0)

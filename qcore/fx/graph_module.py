@@ -1,6 +1,7 @@
 """The GraphModule that every pass works on: one that deep-copies and pickles with all that qcore knows about it."""
 
 import copy
+import functools
 import importlib
 import pickle
 import weakref
@@ -92,11 +93,18 @@ class QGraphModule(fx.GraphModule):
         preparation = vars(self).get("meta", {}).get("qcore")
         if preparation is None or preparation.stage != "converted" or vars(self).get("_is_raw"):
             return
-        if type(self).forward is not _replay:
-            from qcore.replay.executor import Executor  # Here, as whoever converts nothing needn't wait for it.
+        forward = type(self).forward
+        if forward is vars(self).get("_replayed"):
+            return
+        from qcore.replay.executor import Executor  # Here, as whoever converts nothing needn't wait for it.
 
-            vars(self)["_executor"] = Executor(self, type(self).forward)
-            type(self).forward = _replay
+        vars(self)["_executor"] = Executor(self, forward)
+
+        @functools.wraps(forward)  # Whoever asks for the signature, or traces the code, finds that.
+        def replayed(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
+            return vars(self)["_executor"](*args, **kwargs)
+
+        type(self).forward = vars(self)["_replayed"] = replayed
 
     @staticmethod
     def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
@@ -206,10 +214,6 @@ class _ForwardWhenAsked:
         assert module is not None
         module.finish()
         return owner.forward if instance is None else instance.forward
-
-
-def _replay(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-    return vars(self)["_executor"](*args, **kwargs)
 
 
 @dataclass(frozen=True)

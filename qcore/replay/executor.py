@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ _of_thread = threading.local()
 _generation = 0
 
 
-def forget_recordings() -> None:
-    """Recordings that were made before this call hold weights that are out of date."""
+def look_again() -> None:
+    """The state of some kernel changed; whatever has recordings asks its own kernels whether it was theirs."""
     global _generation
     _generation += 1
 
@@ -82,19 +83,20 @@ class Executor:
         self.forward = forward
         self.generation = -1
         self.is_replayable = False
+        self.training = module.training
         self.programs: dict[Any, _Program | None] = {}
         self.seen: set[Any] = set()
         self.hooks: list[dict[Any, Any]] = []
-        self.state: list[tuple[dict[str, Any], str, Any]] = []
+        self.state: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self.kernels: list[tuple[Any, object]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
         if _is_somebody_watching():
             return self.forward(self.module, *args, **kwargs)
-        if self.generation != _generation:
-            self.start_anew()
+        self.look()
         tensors: list[Tensor] = []
-        form = self.form(args, kwargs, tensors) if self.is_replayable and not any(self.hooks) else None
+        form = _form_of_call(args, kwargs, tensors) if self.is_replayable and not any(self.hooks) else None
         if form is None:
             return self.forward(self.module, *args, **kwargs)
         program = self.programs.get(form)
@@ -104,6 +106,20 @@ class Executor:
             return self.forward(self.module, *args, **kwargs)
         found = program.run(*tensors)
         return found[0] if program.is_single else program.recording.result(found)
+
+    def look(self) -> None:
+        """Drop the recordings if the module isn't what it was."""
+        generation = _generation
+        if generation != self.generation:
+            if self.generation < 0 or any(kernel.state_token is not token for kernel, token in self.kernels):
+                self.start_anew()
+            self.generation = generation
+        if self.module.training is not self.training:
+            self.start_anew()
+        for registry, values in self.state:
+            if len(registry) != len(values) or not all(map(is_, registry.values(), values)):
+                self.start_anew()
+                return
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Executor":
         return self  # A copy of the module makes one of its own.
@@ -116,49 +132,41 @@ class Executor:
     def start_anew(self) -> None:
         """Look at the module as it is now."""
         modules = list(self.module.modules())
-        self.generation = _generation
+        # Others: a thread that records now must not write into what comes after.
         self.programs, self.seen = {}, set()
         self.is_replayable = _is_replayable(self.module)
         self.hooks = [_torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks]
-        for module in modules:
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-        # A kernel says itself when its state changes. Whatever else has state must be looked at.
-        self.state = []
+        self.hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        # A kernel says itself when its state changes. Of whatever else there is, every attribute may count.
+        kernels = [module for module in modules if hasattr(module, "state_token")]
+        self.kernels = [(kernel, kernel.state_token) for kernel in kernels]
+        registries: list[dict[str, Any]] = [module._modules for module in modules]
         for module in modules:
             if not hasattr(module, "replayable"):
-                self.state.append((vars(module), "training", module.training))
-                registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                for registry in registries:
-                    self.state.extend((registry, name, value) for name, value in registry.items())
-
-    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        """What must be the same for a recording to hold, or ``None``; collects the tensors."""
-        for registry, name, value in self.state:
-            if registry.get(name) is not value:
-                self.start_anew()
-                break
-        try:
-            form = _form((args, kwargs) if kwargs else args, tensors)
-        except _UnknownFormError:
-            return None
-        # A tensor that is given twice could be two tensors in another call.
-        return form if len(tensors) < 2 or len(set(map(id, tensors))) == len(tensors) else None
+                registries += [module._parameters, module._buffers]
+                registries += [vars(module)] if module is not self.module else []
+        self.state = [(registry, tuple(registry.values())) for registry in registries if registry]
+        self.training = self.module.training
 
     def run_unknown(self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """A call for which there is no program: note its form, or record it if the form was noted before."""
-        is_full = len(self.programs) >= MAX_FORMS
-        if form not in self.seen and not is_full:
-            if len(self.seen) >= 16 * MAX_FORMS:
-                self.seen.clear()
-            self.seen.add(form)
+        programs, seen = self.programs, self.seen
+        is_full = len(programs) >= MAX_FORMS
+        if form not in seen and not is_full:
+            if len(seen) >= 16 * MAX_FORMS:
+                seen.clear()
+            seen.add(form)
             return self.forward(self.module, *args, **kwargs)
-        if is_full or form in self.programs or _needs_grad(tensors):
+        if is_full or form in programs or _needs_grad(tensors):
             return self.forward(self.module, *args, **kwargs)
-        self.programs[form] = None  # Until it is proven, and for good if it isn't.
+        programs[form] = None  # Until it is proven, and for good if it isn't.
         try:
             result, recording = record(lambda: self.forward(self.module, *args, **kwargs), tensors)
         except NotReplayableError:
             return self.forward(self.module, *args, **kwargs)
+        except BaseException:  # The call's own error, or an interruption, says nothing of the form.
+            programs.pop(form, None)
+            raise
 
         def again(tensors: list[Tensor]) -> Any:
             remaining = iter(tensors)
@@ -166,12 +174,22 @@ class Executor:
 
         program = _proven(recording, result, tensors, again)
         if program is not None:
-            self.programs[form] = program
+            programs[form] = program
         return result
 
 
 class _UnknownFormError(Exception):
     """An argument that isn't known well enough."""
+
+
+def _form_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """What must be the same for a recording to hold, or ``None``; collects the tensors."""
+    try:
+        form = _form((args, kwargs) if kwargs else args, tensors)
+    except _UnknownFormError:
+        return None
+    # A tensor that is given twice could be two tensors in another call.
+    return form if len(tensors) < 2 or len(set(map(id, tensors))) == len(tensors) else None
 
 
 def _form(value: Any, tensors: list[Tensor]) -> Any:
@@ -257,8 +275,7 @@ def _proven(
     makers = [torchscript.as_torchscript] if torchscript.is_available() else []
     constants = [constant for _, constant in recording.constants if isinstance(constant, Tensor)]
     requires_grad = any(tensor.requires_grad for tensor in (*tensors, *constants))
-    others = [tensor.detach().roll(1, -1) if tensor.dim() else tensor.detach() for tensor in tensors]
-    others = [torch.empty_like(old).copy_(new) for old, new in zip(tensors, others, strict=True)]
+    others = [_witness(tensor.detach()) for tensor in tensors]
     with torch.no_grad():
         try:
             expected_of_others = again(others)
@@ -275,6 +292,23 @@ def _proven(
             except (NotReplayableError, RuntimeError):
                 continue
     return None
+
+
+def _witness(tensor: Tensor) -> Tensor:
+    """A tensor of the same form with other data, elsewhere in its memory."""
+    size, stride = tensor.shape, tensor.stride()
+    if not tensor.numel() or any(step == 0 and length > 1 for length, step in zip(size, stride, strict=True)):
+        return tensor
+    if tensor.is_floating_point():
+        pattern = torch.arange(tensor.numel(), device=tensor.device).remainder_(7).to(tensor.dtype).reshape(size)
+        other = tensor * 0.75 + pattern * 0.0625
+    else:  # Numbers that occur in it, as they may be indices.
+        other = tensor.flatten().roll(1).reshape(size)
+        if torch.equal(other, tensor):
+            other.view(-1)[0] = not other.view(-1)[0]
+    offset = 8
+    reach = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    return tensor.new_zeros(reach).as_strided(size, stride, offset).copy_(other)
 
 
 def _tensors(result: Any) -> list[Tensor]:

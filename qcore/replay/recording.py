@@ -160,6 +160,11 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function in _READ_QPARAMS:
             return function(*args)
+        if function is torch.ops.aten.lift_fresh.default:
+            # A tensor that Python made of numbers: a fresh one at each call, which the caller may write into.
+            made = function(*args)
+            self.calls.append(Call(torch.ops.aten.clone.default, (self.read(made.clone()),), {}, self.new(made)))
+            return made
         if function is _SET_STORAGE:
             # Said with a row of all its elements in the place of the storage, which no recording can hold.
             owner = self.owner(args[1])
@@ -207,6 +212,8 @@ class _Recorder(TorchDispatchMode):
             raise NotReplayableError(f"{function} can't be recorded")
         if torch.Tag.nondeterministic_seeded in function.tags and not _drops_nothing(function, args, kwargs):
             raise NotReplayableError(f"{function} draws random numbers")
+        if function.name() == "aten::native_batch_norm" and args[5]:
+            raise NotReplayableError(f"{function} writes into running statistics")  # Of which its schema says nothing.
         # Indexing has such a shape only where the index is a mask.
         if torch.Tag.dynamic_output_shape in function.tags and not _indexes_by_numbers(function, args):
             raise NotReplayableError(f"the shape of {function} depends on data")
