@@ -40,8 +40,8 @@ class Block(nn.Module):
         return y + x
 
 
-def measure_torch_ao(model: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Seconds of torch.ao's prepare and convert."""
+def measure_torch_ao(model: nn.Module, x: Tensor) -> tuple[float, float, float]:
+    """Seconds of torch.ao's prepare and convert, which make the code at once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It announces on every call that it is deprecated.
         from torch.ao.quantization import get_default_qconfig_mapping
@@ -53,22 +53,24 @@ def measure_torch_ao(model: nn.Module, x: Tensor) -> tuple[float, float]:
         prepared(x)
         start = time.perf_counter()
         convert_fx(prepared)
-        return prepare, time.perf_counter() - start
+        return prepare, time.perf_counter() - start, 0.0
 
 
-def measure_qcore(model: nn.Module, x: Tensor, backend: str) -> tuple[float, float]:
-    """Seconds of qcore's prepare and convert."""
+def measure_qcore(model: nn.Module, x: Tensor, backend: str) -> tuple[float, float, float]:
+    """Seconds of qcore's prepare and convert, and of making the converted model's code, which its first call does."""
     import qcore
 
     mapping = qcore.get_default_qconfig_mapping(backend)
     start = time.perf_counter()
     prepared = qcore.prepare_fx(model, mapping, (x,))
-    _ = prepared.code  # It is made when somebody asks for it; here it belongs to the step.
     prepare = time.perf_counter() - start
     qcore.calibrate(prepared, [x])
     start = time.perf_counter()
-    _ = qcore.convert_fx(prepared).code
-    return prepare, time.perf_counter() - start
+    converted = qcore.convert_fx(prepared)
+    convert = time.perf_counter() - start
+    start = time.perf_counter()
+    _ = converted.code
+    return prepare, convert, time.perf_counter() - start
 
 
 def measure(blocks: int, contender: str) -> dict[str, float]:
@@ -85,8 +87,8 @@ def measure(blocks: int, contender: str) -> dict[str, float]:
     torch.fx.symbolic_trace(model)
     trace = time.perf_counter() - start
     is_torch_ao = contender == "torch.ao"
-    prepare, convert = measure_torch_ao(model, x) if is_torch_ao else measure_qcore(model, x, contender)
-    return {"trace": trace, "prepare": prepare, "convert": convert}
+    prepare, convert, code = measure_torch_ao(model, x) if is_torch_ao else measure_qcore(model, x, contender)
+    return {"trace": trace, "prepare": prepare, "convert": convert, "code": code}
 
 
 def main() -> int:
@@ -107,7 +109,7 @@ def main() -> int:
     for blocks in options.blocks:
         ours = run_json("scale.py", "--contender", str(blocks), options.backend)
         both = ours["prepare"] + ours["convert"]
-        row = [str(blocks), *(f"{ours[step]:.2f}" for step in ("trace", "prepare", "convert"))]
+        row = [str(blocks), *(f"{ours[step]:.2f}" for step in ("trace", "prepare", "convert", "code"))]
         growth = "-" if before is None else f"{both / before[1]:.1f}x for {blocks / before[0]:.1f}x"
         row += [f"{1e3 * both / blocks:.1f}", growth, f"{ours['prepare'] / ours['trace']:.1f}"]
         before = blocks, both
@@ -120,7 +122,16 @@ def main() -> int:
                 for step in ("prepare", "convert")
             ]
         rows.append(row)
-    header = ["blocks", "fx trace s", "prepare s", "convert s", "ms per block", "growth for blocks", "prepare / trace"]
+    header = [
+        "blocks",
+        "fx trace s",
+        "prepare s",
+        "convert s",
+        "code s",
+        "ms per block",
+        "growth for blocks",
+        "prepare / trace",
+    ]
     header += ["torch.ao prepare s", "torch.ao convert s"] if options.torch_ao else []
     note = f"backend {options.backend}, default observers; {machine_line()}"
     write(f"{markdown_table(header, rows)}\n\n{note}", options.output)

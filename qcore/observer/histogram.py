@@ -7,6 +7,7 @@ the range is in ``range_search.py``.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +167,7 @@ class HistogramObserver(RangeObserver):
         self._forget()
 
 
+@cache
 def sampling_stride(count: int) -> int:
     """Of ``count`` values, every how many-th enters the histogram."""
     if count <= WHOLE_LIMIT:
