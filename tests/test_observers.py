@@ -285,7 +285,8 @@ def test_a_sample_is_neither_small_nor_large_and_in_step_with_no_size(count):
         assert stride == 1
     else:
         assert math.gcd(stride, count) == 1
-        assert LEAST_SAMPLE / 2 <= count / stride <= 2 * LARGEST_SAMPLE
+        # The next number without a common divisor may be far away: 13 after 2, for multiples of 2310.
+        assert LEAST_SAMPLE / 6 <= count / stride <= 2 * LARGEST_SAMPLE
 
 
 @settings(max_examples=100, deadline=None)
