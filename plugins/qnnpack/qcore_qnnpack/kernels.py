@@ -407,9 +407,11 @@ def _layout(x: Tensor) -> torch.memory_format | None:
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape and one layout without gaps, side by side in pieces for the calling thread."""
     number = tensors[0].numel()
+    # Without a place in memory among the numbers: a recorded call must hold for inputs that lie elsewhere.
+    rows = [x.as_strided((number,), (1,)) for x in tensors]
     for start in range(0, number, PIECE):
         length = min(PIECE, number - start)
-        yield tuple(x.as_strided((length,), (1,), x.storage_offset() + start) for x in tensors)
+        yield tuple(row.narrow(0, start, length) for row in rows)
 
 
 def _channels_last(x: Tensor) -> Tensor:
