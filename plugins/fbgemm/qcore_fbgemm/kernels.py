@@ -46,19 +46,15 @@ def _engine() -> Iterator[None]:
 
 
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the memory of a plain one."""
-    return _on_memory_of(x, torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE))
+    """A quantized tensor on the storage of a plain one."""
+    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_DTYPE)
+    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def _as_plain(x: Tensor) -> Tensor:
-    """A plain tensor on the memory of a quantized one."""
-    return _on_memory_of(x, torch.empty(0, dtype=torch.uint8))
-
-
-def _on_memory_of(x: Tensor, shell: Tensor) -> Tensor:
-    # What lends its memory must be contiguous, which a view of nothing at the same place always is. Storage objects
-    # would do without, but they are nothing that a recorded call can have as an argument.
-    return shell.set_(x.as_strided((0,), (1,)), 0, x.size(), x.stride())  # type: ignore[call-overload, no-any-return]
+    """A plain tensor on the storage of a quantized one."""
+    shell = torch.empty(0, dtype=torch.uint8)
+    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 class Quantize(KernelModule):
