@@ -196,7 +196,9 @@ def main() -> int:
             continue  # Sentences are embedded one by one here.
         print(f"measuring {network}, batch {batch} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as directory:
-            times = measure(_commands(options, network, batch, directory), options.rounds)
+            commands = _commands(options, network, batch, directory)
+            times = measure(commands, options.rounds)
+        rows += [[network, str(batch), name, "can't run", "", ""] for name in commands if name not in times]
         for name, found in times.items():
             speed = f"{ratio(times[FLOAT], found):.2f}x"
             against = compared(name, network, batch, times)
