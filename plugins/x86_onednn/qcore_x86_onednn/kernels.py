@@ -252,10 +252,11 @@ class _Weighted(KernelModule):
         """Scale and zero point of the input, and the bias, as the kernels take them.
 
         What a zero point takes from each sum is the same for every output of a channel, unless some of them see
-        padding. In the bias it costs nothing; the kernels take up to twice as long with a zero point.
+        padding. In the bias it costs nothing; the kernels take up to twice as long with a zero point. The bias is
+        rounded, though: a float result, which nothing rounds once more, wouldn't be exactly zero where it should be.
         """
         scale, zero_point = self.qparams("input")
-        if zero_point == 0 or self.pads:
+        if zero_point == 0 or self.pads or self.gives_float:
             return scale, zero_point, self.bias
         sums = self.weight.flatten(1).sum(1, dtype=torch.int64)
         taken = sums.to(torch.float64) * self.weight_scale.to(torch.float64) * (scale * zero_point)

@@ -334,3 +334,20 @@ qcore.convert_fx(prepared)(x)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(16, 8), nn.Conv1d(16, 8, 1), nn.Conv2d(16, 8, 1)], ids=lambda x: type(x).__name__
+)
+def test_of_zeros_float_results_are_just_the_bias(layer: nn.Module) -> None:
+    """Not nearly: a model that normalises the rows of such a result makes of any remainder a vector of length one."""
+    shape = {nn.Linear: (3, 16), nn.Conv1d: (3, 16, 5), nn.Conv2d: (3, 16, 5, 5)}[type(layer)]  # type: ignore[index]
+    x = torch.randn(shape) + 0.3
+    prepared = qcore.prepare_fx(layer.eval(), qcore.get_default_qconfig_mapping(BACKEND), (x,))
+    qcore.calibrate(prepared, [x])
+    converted = qcore.convert_fx(prepared)
+    (kernel,) = (module for module in converted.modules() if isinstance(module, (kernels.QConv, kernels.QLinear)))
+    assert kernel.qparams("input")[1] != 0
+    assert kernel.gives_float
+    with torch.no_grad():
+        assert torch.equal(converted(torch.zeros(shape)), layer(torch.zeros(shape)))
