@@ -149,6 +149,72 @@ def test_a_shell_around_memory_of_another_tensor_is_one_around_the_replayed_one(
     assert torch.equal(way(recording)(other)[0], (other + 1).view(torch.int32).t())
 
 
+def _shell(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+@WAYS
+def test_what_is_unwrapped_and_wrapped_again_is_the_same_value(way: Any) -> None:
+    def several(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        for _ in range(3):
+            y = _shell(_shell(y, torch.int32), torch.float32) * 2
+        return y
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    assert [call.operator.name() for call in recording.calls] == ["aten::add.Tensor", *["aten::mul.Tensor"] * 3]
+    assert torch.equal(way(recording)(other := torch.randn(3, 2))[0], several(other))
+
+
+@WAYS
+def test_a_shell_that_shows_the_same_memory_in_another_way_is_another_value(way: Any) -> None:
+    def several(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        flat = torch.empty(0).set_(y.untyped_storage(), 1, (2,), (2,))
+        y.mul_(2)
+        return flat + _shell(y, torch.float32)[0]
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    assert torch.equal(way(recording)(other := torch.randn(3, 2))[0], several(other))
+
+
+@WAYS
+def test_a_tensor_that_moved_to_other_memory_doesnt_stand_for_what_is_in_the_old_one(way: Any) -> None:
+    def several(x: torch.Tensor) -> torch.Tensor:
+        y, elsewhere = x + 1, x * 3
+        moved = torch.empty(0).set_(y.untyped_storage(), 0, (5,), (1,))
+        moved.set_(elsewhere.untyped_storage(), 0, (5,), (1,))
+        return moved + torch.empty(0).set_(y.untyped_storage(), 0, (5,), (1,))
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    assert torch.equal(way(recording)(other := torch.randn(3, 2))[0], several(other))
+
+
+def test_a_change_of_shape_in_place_is_refused_on_a_tensor_that_stands_for_two() -> None:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        _shell(_shell(y, torch.int32), torch.float32).t_()
+        return y
+
+    with pytest.raises(NotReplayableError, match="stands for two"):
+        record(lambda: change(x), [x := torch.randn(3, 2)])
+
+
+def test_results_that_nobody_reads_are_not_computed_but_writes_are_done() -> None:
+    def several(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        _ = (y * 3).exp()
+        y[0].fill_(2.0)
+        return y
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    assert [call.operator.name() for call in recording.calls] == [
+        "aten::add.Tensor",
+        "aten::select.int",
+        "aten::fill_.Scalar",
+    ]
+
+
 def test_what_is_refused_leaves_the_input_alone() -> None:
     x = torch.full((2,), -1.0)
     with pytest.raises(NotReplayableError):

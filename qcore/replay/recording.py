@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
@@ -143,6 +144,9 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[tuple[Value, Any]] = []
         self.calls: list[Call] = []
         self.given: set[int] = set()
+        #: What is known on each storage, which the reference keeps from being taken for a later one.
+        self.lodgers: dict[int, tuple[StorageWeakRef, dict[Any, Value]]] = {}
+        self.shared: set[Value] = set()
         self.inputs = tuple(self.new(tensor) for tensor in inputs)
         for tensor in inputs:
             self.given.add(_storage(tensor))
@@ -152,9 +156,32 @@ class _Recorder(TorchDispatchMode):
         return False  # Else torch imports its compiler, which takes seconds.
 
     def new(self, thing: Any) -> Value:
+        before = self.values.get(thing)
         value = self.values[thing] = Value(self.count)
         self.count += 1
+        storage = _storage(thing)
+        if storage:
+            if storage not in self.lodgers:
+                self.lodgers[storage] = StorageWeakRef(thing.untyped_storage()), {}
+            lodgers = self.lodgers[storage][1]
+            if before in lodgers.values():  # Changed in place, perhaps to other qparams.
+                lodgers.clear()
+            lodgers[_appearance(thing)] = value
         return value
+
+    def known(self, thing: Tensor) -> Value | None:
+        """The value of a tensor that shows the same memory in the same way."""
+        storage = _storage(thing)
+        return self.lodgers[storage][1].get(_appearance(thing)) if storage in self.lodgers else None
+
+    def forget(self, function: Any, thing: Tensor) -> None:
+        """A tensor is going to show other memory, or the same in another way."""
+        value = self.values.get(thing)
+        if value in self.shared:
+            raise NotReplayableError(f"{function} changes the shape of a tensor that stands for two")
+        _, lodgers = self.lodgers.get(_storage(thing), (None, {}))
+        for appearance in [appearance for appearance, lodger in lodgers.items() if lodger == value]:
+            del lodgers[appearance]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -171,9 +198,18 @@ class _Recorder(TorchDispatchMode):
             sizes = (args[1].nbytes() // owner.element_size(),), (1,), 0
             row = self.__torch_dispatch__(torch.ops.aten.as_strided.default, types, (owner, *sizes))
             function, args = _SET_TENSOR, (args[0], row, *args[2:])
+        if torch.Tag.inplace_view in getattr(function, "tags", ()):
+            self.forget(function, args[0])
         self.refuse_what_differs(function, args, kwargs)
         read = self.read(args), {name: self.read(value) for name, value in kwargs.items()}
         results = function(*args, **kwargs)
+        if function is _SET_TENSOR:
+            known = self.known(results)
+            if known is not None:
+                # A tensor was unwrapped and is wrapped once more: it is the same, and the recording says it once.
+                self.values[results] = known
+                self.shared.add(known)
+                return results
         self.calls.append(Call(function, *read, self.given_back(function, results)))
         return results
 
@@ -234,7 +270,8 @@ class _Recorder(TorchDispatchMode):
             elif not isinstance(leaf, _LITERALS):
                 raise NotReplayableError(f"the result holds a {type(leaf).__name__}")
         leaves = tree_map_only(Tensor, self.read, leaves)
-        return Recording(self.inputs, tuple(self.constants), tuple(self.calls), tuple(leaves), structure)
+        calls = _living(self.calls, [leaf for leaf in leaves if isinstance(leaf, Value)])
+        return Recording(self.inputs, tuple(self.constants), calls, tuple(leaves), structure)
 
 
 def _storage(thing: Any) -> int:
@@ -242,6 +279,29 @@ def _storage(thing: Any) -> int:
     if not isinstance(thing, Tensor) or thing.layout is not torch.strided:
         return 0
     return int(thing.untyped_storage()._cdata)
+
+
+def _appearance(thing: Tensor) -> Any:
+    """How a tensor shows its storage: two tensors on one storage that agree in this are the same to every operator."""
+    # A backend's twin of a tensor is neither a view nor part of a graph; a conjugate or a leaf isn't just its memory.
+    flags = thing.requires_grad, thing.is_conj(), thing.is_neg()
+    shape = thing.dtype, thing.storage_offset(), thing.shape, thing.stride()
+    if not thing.is_quantized:
+        return flags, shape
+    if thing.qscheme() is not torch.per_tensor_affine:
+        return flags, shape, object()
+    return flags, shape, thing.q_scale(), thing.q_zero_point()
+
+
+def _living(calls: Sequence[Call], results: Sequence[Value]) -> tuple[Call, ...]:
+    """The calls of whose doing anything is left: that write into something, or whose results are read."""
+    read, living = set(results), []
+    for call in reversed(calls):
+        writes = call.operator._schema.is_mutable and call.operator is not _SET_TENSOR
+        if writes or not read.isdisjoint(values_given(call)):
+            read.update(values_read(call))
+            living.append(call)
+    return tuple(reversed(living))
 
 
 def _is_given(tensor: Tensor, recorder: _Recorder) -> bool:
