@@ -22,8 +22,8 @@ from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
 from qcore.replay.executor import look_again
 
-# Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
-_packing = threading.Lock()
+#: Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
+PACKING = threading.RLock()
 
 #: In place of a kernel's name.
 _AS_THEY_ARE = "integers as they are"
@@ -173,7 +173,7 @@ class KernelModule(nn.Module):
     def packed(self) -> Any:
         """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
         if self._packed is None:
-            with _packing:
+            with PACKING:
                 self._packed = self.pack()
         return self._packed
 

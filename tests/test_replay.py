@@ -167,6 +167,15 @@ def test_what_is_unwrapped_and_wrapped_again_is_the_same_value(way: Any) -> None
 
 
 @WAYS
+def test_bytes_seen_as_another_dtype_are_shown_by_a_shell(way: Any) -> None:
+    def several(x: torch.Tensor) -> torch.Tensor:
+        return (x + 1)[1:].view(torch.int16).to(torch.int32).view(torch.uint8) * 2
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 4)])
+    assert torch.equal(way(recording)(other := torch.randn(3, 4))[0], several(other))
+
+
+@WAYS
 def test_a_shell_that_shows_the_same_memory_in_another_way_is_another_value(way: Any) -> None:
     def several(x: torch.Tensor) -> torch.Tensor:
         y = x + 1

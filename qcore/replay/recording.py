@@ -192,6 +192,13 @@ class _Recorder(TorchDispatchMode):
             made = function(*args)
             self.calls.append(Call(torch.ops.aten.clone.default, (self.read(made.clone()),), {}, self.new(made)))
             return made
+        if function is torch.ops.aten.view.dtype:
+            # TorchScript doesn't know it: said with a shell around the same memory.
+            seen = function(*args, **kwargs)
+            shell = torch.ops.aten.empty.memory_format, ([0],), {"dtype": seen.dtype, "device": seen.device}
+            place = args[0].untyped_storage(), seen.storage_offset(), seen.shape, seen.stride()
+            made = self.__torch_dispatch__(shell[0], types, *shell[1:])
+            return self.__torch_dispatch__(_SET_STORAGE, types, (made, *place))
         if function is _SET_STORAGE:
             # Said with a row of all its elements in the place of the storage, which no recording can hold.
             owner = self.owner(args[1])

@@ -1,12 +1,17 @@
-"""The one room that calls torch's native operators: oneDNN's on plain tensors, and a few of torch's quantized ones.
+"""The one room that calls torch's native operators: oneDNN's on plain tensors, and some of torch's quantized ones.
 
-A plain tensor and a quantized one share their storage (``_as_quantized``, ``_as_plain``), so nothing is copied between
-the two families. Where a torch no longer has the quantized ones, plain float arithmetic takes their place.
+Between kernels, values are plain tensors. A plain tensor and a quantized one share their storage (``_as_quantized``,
+``_as_plain``), so nothing is copied between the two families, and a replayed chain of quantized kernels never leaves
+theirs. Small calls of the quantized kernels take half the time: they keep what oneDNN prepares for them, which the
+plain ones look for at each call. Where a torch no longer has the quantized ones, the plain ones, or float arithmetic,
+take their place.
 """
 
 import functools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +20,11 @@ from torch import Tensor
 
 from qcore import ops
 from qcore.errors import BackendUnavailableError
-from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
+from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel
 from qcore_x86_onednn.observers import largest_sum
 
 _ONEDNN = torch.ops.onednn
+_QUANTIZED = torch.ops.quantized
 _NEEDED = (
     "qconv1d_pointwise",
     "qconv2d_pointwise",
@@ -43,6 +49,26 @@ if _HAS_QUANTIZED:
         warnings.simplefilter("ignore")
         torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, _QUANTIZED_DTYPE)
+
+
+#: For how many input shapes a convolution's weight is packed; further ones share the first one's.
+MAX_SHAPES = 4
+#: From how many elements two at a time are looked up in a table faster than one.
+_WORTH_PAIRING = 2**14
+#: Up to how many rows linear layers are FBGEMM's, on CPUs without VNNI: 1 to 64 take 0.25 to 0.8 of oneDNN's time, 128
+#: 0.85 to 0.95, thousands 1.1.
+FEW_ROWS = 128
+#: The same where an activation follows, which FBGEMM leaves to be computed in float.
+FEW_ROWS_THEN_FLOAT = 16
+_IN_FLOAT: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "hardswish": F.hardswish,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "leaky_relu": F.leaky_relu,
+    "tanh": torch.tanh,
+}
 
 
 def missing_kernels() -> list[str]:
@@ -76,6 +102,25 @@ def measure_saturation() -> bool:
         if not bool((kernel.pack()(x) == exact * max(size, 1) ** 2).all()):
             return True
     return False
+
+
+@functools.cache
+def has_engine(name: str) -> bool:
+    """Whether torch's quantized kernels are there, and this engine of them."""
+    return _HAS_QUANTIZED and name in torch.backends.quantized.supported_engines
+
+
+@contextmanager
+def _engine(name: str) -> Iterator[None]:
+    """Pack weights for an engine: it is a setting of the process, and put back. A packed weight remembers its own."""
+    with PACKING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = name
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
 
 
 def could_saturate(weight: Tensor, input_max: int) -> bool:
@@ -263,6 +308,26 @@ class _Weighted(KernelModule):
         bias = -taken if self.bias is None else self.bias.to(torch.float64) - taken
         return scale, 0, bias.to(torch.float32)
 
+    def quantized_weight(self) -> Tensor:
+        """The weight as the packing functions of torch's engines take it."""
+        weight = self.kernel_weight()
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
+        return torch._make_per_channel_quantized_tensor(weight, self.weight_scale.double(), zero_points, 0)
+
+    def is_for_engine(self, name: str) -> bool:
+        """Whether an engine has a kernel for this."""
+        return has_engine(name) and not self.gives_float and self.is_bare
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether there is no activation but what every kernel knows."""
+        return self.activation[0] in ("none", "relu")
+
+    @property
+    def relu(self) -> str:
+        """The end of the names of an engine's kernels."""
+        return "" if self.activation[0] == "none" else "_relu"
+
     def packed(self) -> Any:
         """What ``pack`` gave, made once.
 
@@ -328,37 +393,69 @@ class QConv(_Weighted):
     @property
     def kernel_name(self) -> str:
         """For ``explain``."""
+        if self.is_for_engine("onednn"):
+            return f"quantized::conv2d{self.relu}"
         activation = "" if self.activation[0] == "none" else f" + {self.activation[0]}"
         return f"onednn::qconv{self.dimensions}d_pointwise{activation}"
+
+    def is_for_engine(self, name: str) -> bool:
+        """Only 2d kernels keep what was prepared."""
+        return self.dimensions == 2 and super().is_for_engine(name)
 
     def kernel_weight(self) -> Tensor:
         """The weight with groups merged."""
         return self.weight if self.merged == 1 else merge_groups(self.weight, self.geometry[3], self.merged)
 
-    def _constants(self) -> tuple[tuple[Any, ...], tuple[Any, ...], Tensor | None]:
-        """What the kernels take after the activation, the geometry, and the bias."""
-        weight = self.kernel_weight()
-        geometry = (*self.geometry[:3], self.geometry[3] // self.merged)
-        input_scale, input_zero_point, bias = self.input_arguments()
-        packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, input_scale, input_zero_point, *geometry, None)
-        zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
-        return (input_scale, input_zero_point, packed, self.weight_scale, zero_points), geometry, bias
+    def _geometry(self) -> tuple[Any, ...]:
+        return (*self.geometry[:3], self.geometry[3] // self.merged)
 
-    def pack(self) -> Callable[[Tensor], Tensor]:
+    def _constants(self) -> tuple[tuple[Any, ...], Tensor | None]:
+        """What the plain kernels take after the activation, and the bias."""
+        weight = self.kernel_weight()
+        scale, zero_point, bias = self.input_arguments()
+        packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, scale, zero_point, *self._geometry(), None)
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
+        return (scale, zero_point, packed, self.weight_scale, zero_points), bias
+
+    def _packed_for_shapes(self) -> Callable[[torch.Size], Any]:
+        """Packed weights of the engine by input shape: each prepares its kernel for the first shape that it meets."""
+        packed: dict[torch.Size, Any] = {}
+
+        def of_shape(shape: torch.Size) -> Any:
+            if shape in packed:
+                return packed[shape]
+            if len(packed) == MAX_SHAPES:
+                return next(iter(packed.values()))
+            # Without VNNI, FBGEMM's 1x1 convolutions of single pixels take half the time.
+            is_small = not has_vnni() and shape[0] * math.prod(shape[2:]) <= 16 and math.prod(self.weight.shape[2:]) == 1
+            with _engine("fbgemm" if is_small and has_engine("fbgemm") else "onednn"):
+                found = _QUANTIZED.conv2d_prepack(self.quantized_weight(), self.bias, *self._geometry())
+            return packed.setdefault(shape, found)
+
+        return of_shape
+
+    def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
+        run = self._run_of_engine() if self.is_for_engine("onednn") else self._run_of_plain()
+        return _bounded(_batched(run, self.dimensions + 2), self.bounds)
+
+    def _run_of_engine(self) -> Callable[..., Tensor]:
+        kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
+        input, output, packed = self.qparams("input"), self.qparams("output"), self._packed_for_shapes()
+        return lambda x: _as_plain(kernel(_as_quantized(x, *input), packed(x.shape), *output))
+
+    def _run_of_plain(self) -> Callable[..., Tensor]:
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
-        constants, geometry, bias = self._constants()
-        arguments = (bias, *geometry, *self.output_arguments(), *self.activation)
+        constants, bias = self._constants()
+        arguments = (bias, *self._geometry(), *self.output_arguments(), *self.activation)
         dimensions = self.dimensions
 
         def run(x: Tensor) -> Tensor:
-            if x.dim() == dimensions + 1:
-                return run(x.unsqueeze(0)).squeeze(0)  # The kernels want a batch.
             y: Tensor = kernel(x, *constants, *arguments)
             # Of an empty batch the 1d kernel returns four dimensions.
             return y if dimensions > 1 or x.shape[0] else y.squeeze(2)
 
-        return _bounded(run, self.bounds)
+        return run
 
 
 class QConvAdd(QConv):
@@ -380,17 +477,18 @@ class QConvAdd(QConv):
         """For ``explain``."""
         return "onednn::qconv2d_pointwise + sum" + ("" if self.activation[0] == "none" else f" + {self.activation[0]}")
 
-    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:  # type: ignore[override]
-        """The kernel with its constants bound."""
+    def is_for_engine(self, name: str) -> bool:
+        """``quantized::conv2d_add`` looks at the process's engine when it runs, not only when the weight is packed."""
+        return False
+
+    def _run_of_plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         kernel = _ONEDNN.qconv2d_pointwise.binary
-        constants, geometry, bias = self._constants()
+        constants, bias = self._constants()
         tail = (*self.qparams("output"), torch.uint8, *self.qparams("other"), "sum", 1.0, *self.activation)
-        arguments = (bias, *geometry, *tail)
+        arguments = (bias, *self._geometry(), *tail)
         overwrites, channels_last = self.overwrites, torch.channels_last
 
         def run(x: Tensor, other: Tensor) -> Tensor:
-            if x.dim() == 3:
-                return run(x.unsqueeze(0), other.unsqueeze(0)).squeeze(0)  # The kernel wants a batch.
             if x.shape[0] != other.shape[0]:  # Examples with a batch of 1 don't tell which side has always 1.
                 batch = x.shape[0] if other.shape[0] == 1 else other.shape[0]
                 x, other = x.expand(batch, -1, -1, -1), other.expand(batch, -1, -1, -1).clone()
@@ -402,7 +500,7 @@ class QConvAdd(QConv):
             y: Tensor = kernel(x, *constants, other, *arguments)
             return y
 
-        return _bounded(run, self.bounds)
+        return run
 
 
 class QLinear(_Weighted):
@@ -411,10 +509,52 @@ class QLinear(_Weighted):
     @property
     def kernel_name(self) -> str:
         """For ``explain``."""
-        return "onednn::qlinear_pointwise" + ("" if self.activation[0] == "none" else f" + {self.activation[0]}")
+        plain = "onednn::qlinear_pointwise" + ("" if self.activation[0] == "none" else f" + {self.activation[0]}")
+        return f"quantized::linear, for many rows {plain}" if self.is_for_engine("fbgemm") else plain
+
+    def is_for_engine(self, name: str) -> bool:
+        """Without VNNI, FBGEMM takes a quarter of the time for one row, and no more for some hundred."""
+        return has_engine(name) and not has_vnni()
 
     def pack(self) -> Callable[[Tensor], Tensor]:
-        """The kernel with its constants bound."""
+        """The kernel with its constants bound; the weight is packed for those kernels that are needed."""
+        few_rows = many_rows = functools.cache(self._run_of_plain)
+        rows = 0
+        if self.is_for_engine("fbgemm"):
+            few_rows = functools.cache(self._run_of_engine)
+            rows = FEW_ROWS if self.is_bare else FEW_ROWS_THEN_FLOAT
+        (width, inputs), dtype = self.weight.shape, self.output_arguments()[2]
+
+        def run(x: Tensor) -> Tensor:
+            if x.numel() == 0:
+                return torch.empty((*x.shape[:-1], width), dtype=dtype)  # The kernels forget leading dimensions.
+            return (few_rows if x.numel() <= rows * inputs else many_rows)()(x)
+
+        return _bounded(run, self.bounds)
+
+    def _run_of_engine(self) -> Callable[[Tensor], Tensor]:
+        with _engine("fbgemm"):
+            packed = _QUANTIZED.linear_prepack(self.quantized_weight(), self.bias)
+        input, (*output, dtype) = self.qparams("input"), self.output_arguments()
+        if dtype == torch.uint8 and self.is_bare:
+            kernel = getattr(_QUANTIZED, f"linear{self.relu}").default
+            return _batched(lambda x: _as_plain(kernel(_as_quantized(x, *input), packed, *output)), 2)
+        to_float, activation = _QUANTIZED.linear_with_input_q_dq_qweight_dq_output_fp32.default, self._in_float()
+
+        def run(x: Tensor) -> Tensor:
+            # It quantizes what it reads, which gives the integers back.
+            y = activation(to_float(_dequantize(x, *input), *input, packed))
+            return y if dtype == torch.float32 else _quantize(y, *output)
+
+        return _batched(run, 2)
+
+    def _in_float(self) -> Callable[[Tensor], Tensor]:
+        """The activation."""
+        name, scalars, _ = self.activation
+        function = _IN_FLOAT[name]
+        return lambda x: function(x, *scalars)
+
+    def _run_of_plain(self) -> Callable[[Tensor], Tensor]:
         kernel = _ONEDNN.qlinear_pointwise.default
         # A weight that isn't packed would crash the process, so it is packed in the same line.
         packed = _ONEDNN.qlinear_prepack(self.weight.contiguous(), None)
@@ -422,15 +562,7 @@ class QLinear(_Weighted):
         scale, zero_point, bias = self.input_arguments()
         constants = (scale, zero_point, packed, self.weight_scale, zero_points, bias)
         tail = (*self.output_arguments(), *self.activation)
-        width = self.weight.shape[0]
-
-        def run(x: Tensor) -> Tensor:
-            if x.numel() == 0:
-                return torch.empty((*x.shape[:-1], width), dtype=tail[2])  # The kernel forgets leading dimensions.
-            y: Tensor = kernel(x, *constants, *tail)
-            return y
-
-        return _bounded(run, self.bounds)
+        return lambda x: kernel(x, *constants, *tail)
 
 
 class QDynamicLinear(WeightKernel):
@@ -571,7 +703,7 @@ class QLookup(KernelModule):
             if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
                 x = x.contiguous()
             flat = x.as_strided((x.numel(),), (1,))
-            if x.numel() % 2 or x.storage_offset() % 2:
+            if x.numel() < _WORTH_PAIRING or x.numel() % 2 or x.storage_offset() % 2:
                 return single.index_select(0, flat.to(torch.int32)).as_strided(x.shape, x.stride())
             pairs = double.index_select(0, flat.view(torch.uint16).to(torch.int32))
             return pairs.view(torch.uint8).as_strided(x.shape, x.stride())
@@ -624,6 +756,17 @@ def _narrower(output: QParams) -> tuple[int, int] | None:
     """The range of a result, if it is narrower than what a kernel writes."""
     bounds = (output.quant_min, output.quant_max)
     return None if bounds == (0, 255) else bounds
+
+
+def _batched(run: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
+    """A kernel that wants a batch, and so ``rank`` dimensions at least, for inputs without one, too."""
+
+    def batched(*inputs: Tensor) -> Tensor:
+        if inputs[0].dim() >= rank:
+            return run(*inputs)
+        return run(*[x.unsqueeze(0) for x in inputs]).squeeze(0)
+
+    return batched
 
 
 def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
