@@ -47,6 +47,13 @@ class QParams:
     quant_max: int
     dtype: torch.dtype
 
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The smallest and the largest integer, if they are not just those of the dtype."""
+        info = torch.iinfo(self.dtype)
+        found = (self.quant_min, self.quant_max)
+        return None if found == (info.min, info.max) else found
+
     def quantize(self, value: float) -> int:
         """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
         scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
@@ -193,6 +200,15 @@ class KernelModule(nn.Module):
         self._packed = None
         self.state_token = object()
         look_again()
+
+
+def with_batch(run: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
+    """``run``, whose kernel takes batches only, on inputs of ``rank`` or more dimensions or of one without batch."""
+
+    def batched(*inputs: Tensor) -> Tensor:
+        return run(*inputs) if inputs[0].dim() >= rank else run(*[x.unsqueeze(0) for x in inputs]).squeeze(0)
+
+    return batched
 
 
 class WeightKernel(KernelModule):

@@ -201,6 +201,7 @@ _BINARY = [
     Case("mul", lambda: _Two(torch.mul), (_IMAGE, _IMAGE)),
     Case("mul + ReLU", lambda: _Two(lambda x, y: F.relu(x * y)), (_IMAGE, _IMAGE)),
     Case("mul broadcast", lambda: _Two(torch.mul), (_IMAGE, (2, 4, 1, 1))),
+    Case("mul broadcast, the smaller first", lambda: _Two(lambda x, y: y * x), (_IMAGE, (2, 4, 1, 1))),
     Case("mul by a number", lambda: _One(lambda x: 0.3 * x), (_IMAGE,)),
     Case("cat with a convolution", _Shuffle, (_IMAGE,)),
     Case("cat of different ranges", lambda: _After(lambda x: torch.cat([x, torch.sigmoid(x)], 1)), (_IMAGE,)),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
+from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
@@ -69,7 +69,7 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -116,7 +116,7 @@ class _Weighted(KernelModule):
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
         self.relu = ""
         if self.bounds == (output.zero_point, 255):
             self.relu, self.bounds = "_relu", None
@@ -174,7 +174,7 @@ class QConv(_Weighted):
             return y
 
         batched = run if extended is None else _sliced(run, *extended)
-        return _bounded(_with_batch(batched, dimensions + 2), self.bounds)
+        return _bounded(with_batch(batched, dimensions + 2), self.bounds)
 
     def _with_usual_padding(self) -> tuple[tuple[Any, ...], tuple[list[int], list[int], list[int], list[int]] | None]:
         """A 2d depthwise convolution without padding, as one with half its kernel's size, of which a part is kept.
@@ -216,7 +216,7 @@ class QConvTranspose(_Weighted):
     ) -> None:
         super().__init__(weight, bias, output)
         if self.relu:  # There is no such kernel; the bounds do what it would.
-            self.relu, self.bounds = "", _narrower(output)
+            self.relu, self.bounds = "", output.bounds
         self.geometry = geometry
 
     @property
@@ -232,7 +232,7 @@ class QConvTranspose(_Weighted):
             packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
-        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
 
 
 class QLinear(_Weighted):
@@ -249,7 +249,7 @@ class QLinear(_Weighted):
             packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
-        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
+        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
 class QLinearToFloat(WeightKernel):
@@ -275,7 +275,7 @@ class QLinearToFloat(WeightKernel):
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_with_input_q_dq_qweight_dq_output_fp32.default
         scale, zero_point = self.qparams("input")
-        return _with_batch(lambda x: kernel(x.dequantize(), scale, zero_point, packed), 2)
+        return with_batch(lambda x: kernel(x.dequantize(), scale, zero_point, packed), 2)
 
 
 class QDynamicLinear(WeightKernel):
@@ -295,7 +295,7 @@ class QDynamicLinear(WeightKernel):
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return _with_batch(lambda x: kernel(x, packed), 2)
+        return with_batch(lambda x: kernel(x, packed), 2)
 
 
 class QAdd(KernelModule):
@@ -310,7 +310,7 @@ class QAdd(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; the form with an output doesn't look at the engine."""
@@ -340,13 +340,19 @@ class QMul(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
         mul = _LIBRARY.mul.default
         scale, zero_point = self.qparams("output")
-        return _bounded(lambda a, b: mul(a, b, scale, zero_point), self.bounds)
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
+            y: Tensor = mul(*((a, b) if a.numel() >= b.numel() else (b, a)), scale, zero_point)
+            return y
+
+        return _bounded(run, self.bounds)
 
 
 class QClamp(KernelModule):
@@ -408,21 +414,6 @@ def _sliced(
         return y[:, :, dropped[0] : dropped[0] + high, dropped[1] : dropped[1] + wide]
 
     return sliced
-
-
-def _with_batch(run: Callable[[Tensor], Tensor], rank: int) -> Callable[[Tensor], Tensor]:
-    """``run``, whose kernel takes batches only, on an input of ``rank`` or more dimensions or of one without batch."""
-
-    def batched(x: Tensor) -> Tensor:
-        return run(x) if x.dim() >= rank else run(x.unsqueeze(0)).squeeze(0)
-
-    return batched
-
-
-def _narrower(output: QParams) -> tuple[int, int] | None:
-    """The range of a result, if it is narrower than what a kernel writes."""
-    bounds = (output.quant_min, output.quant_max)
-    return None if bounds == (0, 255) else bounds
 
 
 def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:

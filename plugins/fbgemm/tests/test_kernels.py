@@ -207,6 +207,13 @@ def test_views_and_mixed_layouts(function: Callable[[Tensor, Tensor], Tensor]):
     assert steps(models, x) <= 4
 
 
+def test_a_scale_for_each_channel_leaves_the_layout_alone():
+    x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    models = make(_Two(lambda a, b: F.hardsigmoid(F.adaptive_avg_pool2d(b, 1)) * a), x)
+    assert models[1](x).is_contiguous(memory_format=torch.channels_last)
+    assert steps(models, x) <= 2
+
+
 TRANSPOSED = [
     (nn.ConvTranspose1d, (2, 8, 7)),
     (nn.ConvTranspose2d, (2, 8, 5, 6)),

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel
+from qcore.lookup import LookupKernel
+from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized
@@ -69,7 +70,7 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -136,7 +137,7 @@ class _Weighted(KernelModule):
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
         self.relu = ""
         if self.bounds == (output.zero_point, 255):
             self.relu, self.bounds = "_relu", None
@@ -188,7 +189,7 @@ class QConv(_Weighted):
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
         return _bounded(
-            _with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2), self.bounds
+            with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2), self.bounds
         )
 
 
@@ -211,7 +212,7 @@ class QConvTranspose(_Weighted):
     ) -> None:
         super().__init__(weight, bias, output)
         if self.relu:  # There is no such kernel; the bounds do what it would.
-            self.relu, self.bounds = "", _narrower(output)
+            self.relu, self.bounds = "", output.bounds
         self.geometry = geometry
 
     @property
@@ -227,7 +228,7 @@ class QConvTranspose(_Weighted):
             packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
-        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
 
 
 class QLinear(_Weighted):
@@ -244,7 +245,7 @@ class QLinear(_Weighted):
             packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
-        return _bounded(_with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
+        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
 
 
 class QDynamicLinear(WeightKernel):
@@ -264,7 +265,7 @@ class QDynamicLinear(WeightKernel):
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return _with_batch(lambda x: kernel(x, packed), 2)
+        return with_batch(lambda x: kernel(x, packed), 2)
 
 
 class QAdd(KernelModule):
@@ -279,7 +280,7 @@ class QAdd(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; the form with an output doesn't look at the engine."""
@@ -311,13 +312,19 @@ class QMul(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
         mul = _LIBRARY.mul.default
         scale, zero_point = self.qparams("output")
-        return _bounded(lambda a, b: mul(a, b, scale, zero_point), self.bounds)
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
+            y: Tensor = mul(*((a, b) if a.numel() >= b.numel() else (b, a)), scale, zero_point)
+            return y
+
+        return _bounded(run, self.bounds)
 
 
 class QGlobalAvgPool(nn.Module):
@@ -342,6 +349,29 @@ class QGlobalAvgPool(nn.Module):
         means = sums.to(torch.float32).sub_(x.q_zero_point() * area).mul_(x.q_scale() / area)
         quantized: Tensor = self.enter(means.reshape(*x.shape[:-2], 1, 1))
         return quantized
+
+
+class QLookup(LookupKernel):
+    """Any function of single values, by a table of its results.
+
+    Args:
+        function: of the backend's tensors, such as a :class:`~qcore.lowering.FloatKernel`.
+        name: of the function.
+        input: qparams of the input.
+        output: qparams of the result.
+    """
+
+    piece = PIECE
+
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str, input: QParams, output: QParams) -> None:
+        every = _as_quantized(torch.arange(256, dtype=torch.int32).to(torch.uint8), input.scale, input.zero_point)
+        super().__init__(_as_plain(function(every)).clone(), name)
+        self.add_qparams("output", output)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The function with its tables bound."""
+        run, output = super().pack(), self.qparams("output")
+        return lambda x: _as_quantized(run(_as_plain(x)), *output)
 
 
 class QClamp(KernelModule):
@@ -434,21 +464,6 @@ def _groups_of_channels(x: Tensor) -> Iterator[Tensor]:
     for image in range(images):
         for start in range(0, channels, size):
             yield x[image : image + 1, start : start + size]
-
-
-def _with_batch(run: Callable[[Tensor], Tensor], rank: int) -> Callable[[Tensor], Tensor]:
-    """``run``, whose kernel takes batches only, on an input of ``rank`` or more dimensions or of one without batch."""
-
-    def batched(x: Tensor) -> Tensor:
-        return run(x) if x.dim() >= rank else run(x.unsqueeze(0)).squeeze(0)
-
-    return batched
-
-
-def _narrower(output: QParams) -> tuple[int, int] | None:
-    """The range of a result, if it is narrower than what a kernel writes."""
-    bounds = (output.quant_min, output.quant_max)
-    return None if bounds == (0, 255) else bounds
 
 
 def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:

@@ -106,6 +106,18 @@ def _in_float(operator: Operator) -> LoweringRule:
     return FloatKernel.rule(operator, kernels.Quantize, kernels.Dequantize)
 
 
+def _by_table(operator: Operator) -> LoweringRule:
+    """A function of single values; the table is what it gives in float."""
+
+    def build(call: QuantizedCall) -> nn.Module | Declined:
+        built = _in_float(operator).build(call)
+        if isinstance(built, Declined):
+            return built
+        return kernels.QLookup(built, operator.name, call.inputs[0], call.quantized_output)
+
+    return LoweringRule(operator, build)
+
+
 RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.LINEAR, dynamic_linear, is_dynamic=True),
     *(LoweringRule(operator, conv) for operator in op.CONV),
@@ -116,11 +128,11 @@ RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.ADAPTIVE_AVG_POOL[1], global_avg_pool),
     LoweringRule(op.CLAMP, clamp),
     LoweringRule(op.PAD, pad),
+    *(_by_table(operator) for operator in (op.HARDSWISH, op.HARDSIGMOID, op.SIGMOID, op.TANH, op.LEAKY_RELU, op.ELU)),
     *(
         _in_float(operator)
         for operator in (
-            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL[::2], op.MEAN, op.HARDSWISH, op.HARDSIGMOID, op.SIGMOID, op.TANH,
-            op.LEAKY_RELU, op.ELU, op.INTERPOLATE, op.CAT, op.STACK, op.MAX_POOL[2],
+            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL[::2], op.MEAN, op.INTERPOLATE, op.CAT, op.STACK, op.MAX_POOL[2],
         )
     ),
 )  # fmt: skip

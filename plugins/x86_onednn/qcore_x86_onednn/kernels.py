@@ -20,8 +20,9 @@ from torch import Tensor
 
 from qcore import ops
 from qcore.errors import BackendUnavailableError
-from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel
-from qcore_x86_onednn.observers import largest_sum
+from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore_x86_onednn.integers import merge_groups
+from qcore_x86_onednn.observers import fits_depthwise_kernel, largest_sum
 
 _ONEDNN = torch.ops.onednn
 _QUANTIZED = torch.ops.quantized
@@ -53,22 +54,13 @@ if _HAS_QUANTIZED:
 
 #: For how many input shapes a convolution's weight is packed; further ones share the first one's.
 MAX_SHAPES = 4
-#: From how many elements two at a time are looked up in a table faster than one.
-_WORTH_PAIRING = 2**14
 #: Up to how many rows linear layers are FBGEMM's, on CPUs without VNNI: 1 to 64 take 0.25 to 0.8 of oneDNN's time, 128
 #: 0.85 to 0.95, thousands 1.1.
 FEW_ROWS = 128
+#: The same for the pixels of a 1x1 convolution.
+FEW_PIXELS = 16
 #: The same where an activation follows, which FBGEMM leaves to be computed in float.
 FEW_ROWS_THEN_FLOAT = 16
-_IN_FLOAT: dict[str, Callable[..., Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "hardswish": F.hardswish,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "leaky_relu": F.leaky_relu,
-    "tanh": torch.tanh,
-}
 
 
 def missing_kernels() -> list[str]:
@@ -104,7 +96,6 @@ def measure_saturation() -> bool:
     return False
 
 
-@functools.cache
 def has_engine(name: str) -> bool:
     """Whether torch's quantized kernels are there, and this engine of them."""
     return _HAS_QUANTIZED and name in torch.backends.quantized.supported_engines
@@ -131,24 +122,6 @@ def could_saturate(weight: Tensor, input_max: int) -> bool:
         input_max: the largest integer that the activation takes.
     """
     return not has_vnni() and largest_sum(weight) * input_max > 2**15 - 1
-
-
-def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
-    """The weight of the same grouped convolution with every ``number`` neighbouring groups made one.
-
-    Args:
-        weight: (out, in / groups, ...).
-        groups: of the convolution.
-        number: divides ``groups``.
-
-    Returns:
-        A weight (out, number * in / groups, ...), zero wherever groups met that had nothing in common.
-    """
-    out, width, *kernel = weight.shape
-    merged = weight.new_zeros(groups // number, number, out // groups, number, width, *kernel)
-    for member, part in enumerate(weight.view(groups // number, number, out // groups, width, *kernel).unbind(1)):
-        merged[:, member, :, member] = part
-    return merged.view(out, number * width, *kernel)
 
 
 def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -208,7 +181,7 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -276,7 +249,7 @@ class _Weighted(KernelModule):
         if output is None:
             return
         self.add_qparams("output", output)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
         if self.bounds and activation[0] == "none" and self.bounds == (output.zero_point, 255) and self.knows_relu:
             self.activation, self.bounds = ("relu", [], ""), None
 
@@ -324,8 +297,13 @@ class _Weighted(KernelModule):
         return self.activation[0] in ("none", "relu")
 
     @property
+    def suffix(self) -> str:
+        """The activation, as the end of a name."""
+        return "" if self.activation[0] == "none" else f" + {self.activation[0]}"
+
+    @property
     def relu(self) -> str:
-        """The end of the names of an engine's kernels."""
+        """The same, as an engine's kernels have it in their names."""
         return "" if self.activation[0] == "none" else "_relu"
 
     def packed(self) -> Any:
@@ -395,8 +373,7 @@ class QConv(_Weighted):
         """For ``explain``."""
         if self.is_for_engine("onednn"):
             return f"quantized::conv2d{self.relu}"
-        activation = "" if self.activation[0] == "none" else f" + {self.activation[0]}"
-        return f"onednn::qconv{self.dimensions}d_pointwise{activation}"
+        return f"onednn::qconv{self.dimensions}d_pointwise{self.suffix}"
 
     def is_for_engine(self, name: str) -> bool:
         """Only 2d kernels keep what was prepared."""
@@ -417,27 +394,34 @@ class QConv(_Weighted):
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
         return (scale, zero_point, packed, self.weight_scale, zero_points), bias
 
+    def engine(self, shape: torch.Size) -> str:
+        """The engine whose kernel is the fastest for an input shape."""
+        kernel, channels = list(self.weight.shape[2:]), self.weight.shape[0]
+        if not has_engine("fbgemm") or has_vnni():
+            return "onednn"
+        if kernel == [1, 1]:
+            return "fbgemm" if shape[0] * math.prod(shape[2:]) <= FEW_PIXELS else "onednn"
+        # Its depthwise kernels know no other padding.
+        is_usual = list(self.geometry[1]) == [size // 2 for size in kernel] and max(self.geometry[2]) == 1
+        fits = is_usual and self.geometry[3] == channels and fits_depthwise_kernel(self.weight, self.input_max)
+        return "fbgemm" if fits else "onednn"
+
     def _packed_for_shapes(self) -> Callable[[torch.Size], Any]:
         """Packed weights of the engine by input shape: each prepares its kernel for the first shape that it meets."""
         packed: dict[torch.Size, Any] = {}
 
         def of_shape(shape: torch.Size) -> Any:
-            if shape in packed:
-                return packed[shape]
-            if len(packed) == MAX_SHAPES:
-                return next(iter(packed.values()))
-            # Without VNNI, FBGEMM's 1x1 convolutions of single pixels take half the time.
-            is_small = not has_vnni() and shape[0] * math.prod(shape[2:]) <= 16 and math.prod(self.weight.shape[2:]) == 1
-            with _engine("fbgemm" if is_small and has_engine("fbgemm") else "onednn"):
-                found = _QUANTIZED.conv2d_prepack(self.quantized_weight(), self.bias, *self._geometry())
-            return packed.setdefault(shape, found)
+            if shape not in packed and len(packed) < MAX_SHAPES:
+                with _engine(self.engine(shape)):
+                    packed[shape] = _QUANTIZED.conv2d_prepack(self.quantized_weight(), self.bias, *self._geometry())
+            return packed[shape] if shape in packed else next(iter(packed.values()))
 
         return of_shape
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
         run = self._run_of_engine() if self.is_for_engine("onednn") else self._run_of_plain()
-        return _bounded(_batched(run, self.dimensions + 2), self.bounds)
+        return _bounded(with_batch(run, self.dimensions + 2), self.bounds)
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
@@ -475,7 +459,7 @@ class QConvAdd(QConv):
     @property
     def kernel_name(self) -> str:
         """For ``explain``."""
-        return "onednn::qconv2d_pointwise + sum" + ("" if self.activation[0] == "none" else f" + {self.activation[0]}")
+        return f"onednn::qconv2d_pointwise + sum{self.suffix}"
 
     def is_for_engine(self, name: str) -> bool:
         """``quantized::conv2d_add`` looks at the process's engine when it runs, not only when the weight is packed."""
@@ -509,7 +493,7 @@ class QLinear(_Weighted):
     @property
     def kernel_name(self) -> str:
         """For ``explain``."""
-        plain = "onednn::qlinear_pointwise" + ("" if self.activation[0] == "none" else f" + {self.activation[0]}")
+        plain = f"onednn::qlinear_pointwise{self.suffix}"
         return f"quantized::linear, for many rows {plain}" if self.is_for_engine("fbgemm") else plain
 
     def is_for_engine(self, name: str) -> bool:
@@ -518,11 +502,9 @@ class QLinear(_Weighted):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound; the weight is packed for those kernels that are needed."""
-        few_rows = many_rows = functools.cache(self._run_of_plain)
-        rows = 0
-        if self.is_for_engine("fbgemm"):
-            few_rows = functools.cache(self._run_of_engine)
-            rows = FEW_ROWS if self.is_bare else FEW_ROWS_THEN_FLOAT
+        few_rows, many_rows = functools.cache(self._run_of_engine), functools.cache(self._run_of_plain)
+        few = FEW_ROWS if self.is_bare else FEW_ROWS_THEN_FLOAT
+        rows = few if self.is_for_engine("fbgemm") else 0
         (width, inputs), dtype = self.weight.shape, self.output_arguments()[2]
 
         def run(x: Tensor) -> Tensor:
@@ -535,24 +517,23 @@ class QLinear(_Weighted):
     def _run_of_engine(self) -> Callable[[Tensor], Tensor]:
         with _engine("fbgemm"):
             packed = _QUANTIZED.linear_prepack(self.quantized_weight(), self.bias)
-        input, (*output, dtype) = self.qparams("input"), self.output_arguments()
+        input, (scale, zero_point, dtype) = self.qparams("input"), self.output_arguments()
         if dtype == torch.uint8 and self.is_bare:
             kernel = getattr(_QUANTIZED, f"linear{self.relu}").default
-            return _batched(lambda x: _as_plain(kernel(_as_quantized(x, *input), packed, *output)), 2)
-        to_float, activation = _QUANTIZED.linear_with_input_q_dq_qweight_dq_output_fp32.default, self._in_float()
+            return with_batch(lambda x: _as_plain(kernel(_as_quantized(x, *input), packed, scale, zero_point)), 2)
+        to_float = _QUANTIZED.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
         def run(x: Tensor) -> Tensor:
             # It quantizes what it reads, which gives the integers back.
-            y = activation(to_float(_dequantize(x, *input), *input, packed))
-            return y if dtype == torch.float32 else _quantize(y, *output)
+            y = self._in_float(to_float(_dequantize(x, *input), *input, packed))
+            return y if dtype == torch.float32 else _quantize(y, scale, zero_point)
 
-        return _batched(run, 2)
+        return with_batch(run, 2)
 
-    def _in_float(self) -> Callable[[Tensor], Tensor]:
+    def _in_float(self, x: Tensor) -> Tensor:
         """The activation."""
         name, scalars, _ = self.activation
-        function = _IN_FLOAT[name]
-        return lambda x: function(x, *scalars)
+        return x if name == "none" else getattr(F, {"swish": "silu"}.get(name, name))(x, *scalars)
 
     def _run_of_plain(self) -> Callable[[Tensor], Tensor]:
         kernel = _ONEDNN.qlinear_pointwise.default
@@ -608,7 +589,7 @@ class _Binary(KernelModule):
         super().__init__()
         for name, qparams in (("first", first), ("second", second), ("output", output)):
             self.add_qparams(name, qparams)
-        self.bounds = _narrower(output)
+        self.bounds = output.bounds
 
     def in_float(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """The computation without quantized kernels."""
@@ -650,8 +631,13 @@ class QMul(_Binary):
         """The kernel with its constants bound."""
         if not _HAS_QUANTIZED:
             return self.in_float(torch.mul)
-        qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
-        return _bounded(lambda a, b: _mul(a, b, *qparams), self.bounds)
+        first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
+            return _mul(a, b, first, second, output) if a.numel() >= b.numel() else _mul(b, a, second, first, output)
+
+        return _bounded(run, self.bounds)
 
 
 class QMaxPool2d(KernelModule):
@@ -675,98 +661,6 @@ class QMaxPool2d(KernelModule):
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)
         return lambda x: torch.max_pool2d(x.to(torch.float32), *geometry).to(torch.uint8)
-
-
-class QLookup(KernelModule):
-    """Any function of single values, by a table of its results.
-
-    Args:
-        table: the result's integer for each integer, uint8 (256,).
-        function: its name.
-    """
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, function: str) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-        self.kernel_name = f"{function} by table"
-
-    def pack(self) -> Callable[[Tensor], Tensor]:
-        """The function with its tables bound."""
-        single = self.table
-        # Two neighbouring bytes at once, read as one index in the machine's own byte order, take half the time.
-        of_index = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).to(torch.int64)
-        double = single[of_index].view(torch.int16)
-
-        def run(x: Tensor) -> Tensor:
-            if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-                x = x.contiguous()
-            flat = x.as_strided((x.numel(),), (1,))
-            if x.numel() < _WORTH_PAIRING or x.numel() % 2 or x.storage_offset() % 2:
-                return single.index_select(0, flat.to(torch.int32)).as_strided(x.shape, x.stride())
-            pairs = double.index_select(0, flat.view(torch.uint16).to(torch.int32))
-            return pairs.view(torch.uint8).as_strided(x.shape, x.stride())
-
-        return run
-
-
-class QNearest(KernelModule):
-    """Interpolation that only repeats or drops elements, on integers as they are.
-
-    Args:
-        size: of the result.
-        scale_factor: if there is no size.
-        mode: ``"nearest"`` or ``"nearest-exact"``.
-    """
-
-    kernel_name = "interpolate on integers"
-
-    def __init__(self, size: Any, scale_factor: Any, mode: str) -> None:
-        super().__init__()
-        self.arguments = (size, scale_factor, mode)
-
-    def pack(self) -> Callable[[Tensor], Tensor]:
-        """Torch's own."""
-        arguments = self.arguments
-        return lambda x: F.interpolate(x, *arguments)
-
-
-class QClamp(KernelModule):
-    """A clamp on integers as they are.
-
-    Args:
-        low: smallest integer.
-        high: largest integer.
-    """
-
-    kernel_name = "clamp on integers"
-
-    def __init__(self, low: int, high: int) -> None:
-        super().__init__()
-        self.low, self.high = low, high
-
-    def pack(self) -> Callable[[Tensor], Tensor]:
-        """Torch's own."""
-        low, high = self.low, self.high
-        return lambda x: x.clamp(low, high)
-
-
-def _narrower(output: QParams) -> tuple[int, int] | None:
-    """The range of a result, if it is narrower than what a kernel writes."""
-    bounds = (output.quant_min, output.quant_max)
-    return None if bounds == (0, 255) else bounds
-
-
-def _batched(run: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
-    """A kernel that wants a batch, and so ``rank`` dimensions at least, for inputs without one, too."""
-
-    def batched(*inputs: Tensor) -> Tensor:
-        if inputs[0].dim() >= rank:
-            return run(*inputs)
-        return run(*[x.unsqueeze(0) for x in inputs]).squeeze(0)
-
-    return batched
 
 
 def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:

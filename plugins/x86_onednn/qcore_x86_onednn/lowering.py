@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
+from qcore.lookup import LookupKernel
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
-from qcore_x86_onednn import kernels
+from qcore_x86_onednn import integers, kernels
 
 _Activation = tuple[str, list[float], str]
 _NONE: _Activation = ("none", [], "")
@@ -46,7 +47,7 @@ def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
     if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
         return _SATURATES
     merged = _groups_to_merge(weight.values, groups)
-    if kernels.could_saturate(kernels.merge_groups(weight.values, groups, merged), call.inputs[0].quant_max):
+    if kernels.could_saturate(integers.merge_groups(weight.values, groups, merged), call.inputs[0].quant_max):
         merged = 1
     geometry = (list(stride), list(padding), list(dilation), groups)
     return weight, call.bias, call.inputs[0], call.output, _activation(call), geometry, merged
@@ -125,7 +126,7 @@ def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
     low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
     cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
-    return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
+    return integers.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
 
 
 def interpolate(call: QuantizedCall) -> nn.Module | Declined:
@@ -138,7 +139,7 @@ def interpolate(call: QuantizedCall) -> nn.Module | Declined:
     )
     if isinstance(built, Declined) or not unchanged or mode not in ("nearest", "nearest-exact"):
         return built
-    return kernels.QNearest(size, scale_factor, mode)
+    return integers.QNearest(size, scale_factor, mode)
 
 
 def _in_float(operator: Operator) -> LoweringRule:
@@ -152,7 +153,7 @@ def _by_table(operator: Operator) -> LoweringRule:
         built = _in_float(operator).build(call)
         if isinstance(built, Declined):
             return built
-        return kernels.QLookup(built(torch.arange(256).to(torch.uint8)), operator.name)
+        return LookupKernel(built(torch.arange(256).to(torch.uint8)), operator.name)
 
     return LoweringRule(operator, build)
 

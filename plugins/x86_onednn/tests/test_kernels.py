@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.fx.graph_module import QGraphModule
+from qcore.lookup import LookupKernel
 from qcore.lowering import QParams
 from qcore.testing import CASES, Case, ask_by_name, steps_apart
 
@@ -124,7 +125,7 @@ def test_what_is_quantized_has_a_kernel(case: Case):
         (nn.Sequential(nn.Linear(9, 6), nn.GELU()), (2, 9), "onednn::qlinear_pointwise + gelu"),
         (nn.Sequential(nn.Linear(9, 6), nn.LeakyReLU(0.2)), (2, 9), "onednn::qlinear_pointwise + leaky_relu"),
         (nn.Sequential(nn.Linear(9, 6), nn.Tanh()), (2, 9), "onednn::qlinear_pointwise + tanh"),
-        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU6()), (2, 4, 6, 6), "onednn::qconv2d_pointwise"),
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU6()), (2, 4, 6, 6), "quantized::conv2d"),
     ],
     ids=str,
 )
@@ -132,8 +133,46 @@ def test_what_is_quantized_has_a_kernel(case: Case):
 def test_activations_are_computed_in_the_kernel(model: nn.Module, shape: tuple[int, ...], kernel: str, is_last: bool):
     x = torch.randn(shape)
     models = make(model if is_last else nn.Sequential(*model, nn.Flatten(0)), x)
-    assert kernel_names(models[1])[0] == kernel
+    assert kernel_names(models[1])[0].removeprefix("quantized::linear, for many rows ") == kernel
     assert steps(models, x) <= 1.01 and steps(models, torch.randn(3, *shape[1:])) <= 1.01
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.GELU(), nn.LeakyReLU(0.2)], ids=str)
+@pytest.mark.parametrize("gives_float", [True, False])
+def test_few_and_many_rows_are_the_same_layer(activation: nn.Module, gives_float: bool):
+    layers = [nn.Linear(24, 10), activation, *([] if gives_float else [nn.Flatten(0, 1)])]
+    models = make(nn.Sequential(*layers), torch.randn(2, 70, 24))
+    for rows in (1, 8, 9, 64, 65, 200):
+        assert steps(models, torch.randn(2, rows, 24)) <= 1.01
+
+
+def _depthwise(channels: int, weight: float) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    nn.init.constant_(conv.weight, weight)
+    with torch.no_grad():
+        conv.weight[:, :, 1, 1] = 1.0
+    return nn.Sequential(conv, nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("channels", "neighbour", "engine"), [(192, 0.2, "fbgemm"), (192, 0.9, "onednn"), (96, 0.2, "onednn")]
+)
+def test_depthwise_convolutions_go_where_they_are_fast_if_that_costs_little(
+    channels: int, neighbour: float, engine: str
+):
+    x = torch.rand(1, channels, 6, 6)
+    models = make(nn.Sequential(*_depthwise(channels, neighbour), nn.Flatten(0)), x)
+    (conv,) = (module for module in models[1].modules() if isinstance(module, kernels.QConv))
+    assert conv.engine(x.shape) == ("onednn" if kernels.has_vnni() else engine)
+    for given in (x, torch.ones_like(x), torch.rand(3, channels, 9, 4)):
+        assert steps(models, given) <= 1.01
+
+
+def test_any_number_of_input_shapes():
+    models = make(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)), torch.randn(2, 4, 6, 6))
+    for turn in range(2):
+        for size in range(1, kernels.MAX_SHAPES + 4):
+            assert steps(models, torch.randn(1 + turn, 4, size, 5)) <= 2.01
 
 
 def _residual(before: Callable[..., Tensor]) -> One:
@@ -180,7 +219,7 @@ def test_a_residual_that_must_be_broadcast_has_another_kernel():
     model = Two(lambda m, x, y: m.a(x) + y, a=nn.Conv2d(4, 4, 1))
     x, y = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 1, 1)
     models = make(model, x, y)
-    assert kernel_names(models[1]) == ["onednn::qconv2d_pointwise", "quantized::add"]
+    assert kernel_names(models[1]) == ["quantized::conv2d", "quantized::add"]
     assert steps(models, x, y) <= 1.01
 
 
@@ -239,6 +278,14 @@ def test_two_layouts_at_once(function: Callable[..., Tensor], layout: torch.memo
     assert steps(models, x, y.contiguous(memory_format=layout)) <= 1.01
 
 
+def test_a_scale_for_each_channel_leaves_the_layout_alone():
+    x = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    layers = {"a": nn.Conv2d(8, 8, 1), "b": nn.Conv2d(8, 8, 1)}
+    models = make(One(lambda m, x: F.hardsigmoid(m.b(F.adaptive_avg_pool2d(m.a(x), 1))) * m.a(x), **layers), x)
+    assert models[1](x).is_contiguous(memory_format=torch.channels_last)
+    assert steps(models, x) <= 2
+
+
 @pytest.mark.parametrize(
     "function", [torch.sigmoid, F.hardsigmoid, torch.tanh, F.elu, F.silu, F.gelu], ids=lambda f: f.__name__
 )
@@ -250,7 +297,7 @@ def test_tables_give_just_what_the_reference_does(function: Callable[[Tensor], T
         x = torch.randn(shape) * 3
         # The sum before it may be one step off at a tie; the table itself is compared below.
         assert converted(x).shape == reference(x).shape
-    table = next(module for module in converted.modules() if isinstance(module, kernels.QLookup))
+    table = next(module for module in converted.modules() if isinstance(module, LookupKernel))
     x = torch.arange(256).to(torch.uint8)
     for given in (x, x[1:], x[:255], x.view(1, 4, 8, 8).contiguous(memory_format=torch.channels_last), x[::3]):
         assert torch.equal(table(given), table.table[given.long()])
