@@ -1,1 +1,1 @@
-"""The backend ``x86_onednn`` of qcore: oneDNN kernels on plain integer tensors."""
+"""The backend ``x86_onednn`` of qcore: int8 kernels of oneDNN and, where they are faster, FBGEMM."""

@@ -25,7 +25,7 @@ from qcore_x86_onednn.observers import observer_kernels
 @hookimpl
 def qcore_backend_info() -> BackendInfo:
     """The first choice on an x86 CPU."""
-    return BackendInfo("x86_onednn", PLUGIN_API, "oneDNN kernels on plain integer tensors", priority=30)
+    return BackendInfo("x86_onednn", PLUGIN_API, "oneDNN kernels, and FBGEMM's where they are faster", priority=30)
 
 
 @hookimpl
