@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=sorted(SUBJECTS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--calls", type=int, default=4, help="calls in a round")
+    parser.add_argument("--calls", type=int, default=6, help="calls in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backends", nargs="+", default=["x86_onednn", "fbgemm", "qnnpack"], help="of qcore")
     parser.add_argument("--engines", nargs="*", default=["x86", "onednn", "fbgemm", "qnnpack"], help="of torch.ao")
