@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -138,12 +139,25 @@ def test_weights_of_one_scale_keep_to_7_bits_where_pairs_saturate(pairs_saturate
     assert bound == (64 if pairs_saturate else None)
 
 
+@pytest.fixture
+def vnni_forgotten() -> Iterator[None]:
+    """As at the start of a process: nobody has asked yet what the kernels use."""
+    kernels.has_vnni.cache_clear()
+    yield
+    kernels.has_vnni.cache_clear()
+
+
+@pytest.mark.usefixtures("vnni_forgotten")
 def test_instructions_that_the_kernels_do_not_use_do_not_count(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
-    # has_vnni remembers its answer; ask the function below the cache.
-    assert kernels.has_vnni.__wrapped__() == (not kernels.measure_saturation())
+    # The first question, from which those of the kernels that it asks mustn't differ or come back to it.
+    assert kernels.has_vnni() == (not kernels.measure_saturation())
+
+
+@pytest.mark.usefixtures("vnni_forgotten")
+def test_without_the_instructions_the_kernels_are_not_asked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert not kernels.has_vnni.__wrapped__()
+    assert not kernels.has_vnni()
 
 
 class _Own(PerChannelMinMaxObserver):
