@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+#: Seconds between two contenders. Threads of one's pool go on spinning after its work; ONNX Runtime's would take half of
+#: the next one's time on two cores.
+PAUSE = 0.1
 #: Calls before the first one that counts; some contenders compile on early calls.
 WARM_UP_CALLS = 4
 
@@ -60,6 +63,7 @@ def measure(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
             print(f"  round {number + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
             for contender, found in times.items():
                 worker = workers[contender]
+                time.sleep(PAUSE)
                 assert worker.stdin is not None
                 worker.stdin.write("\n")
                 worker.stdin.flush()

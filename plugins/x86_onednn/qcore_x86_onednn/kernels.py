@@ -388,13 +388,18 @@ class QConv(_Weighted):
     def _geometry(self) -> tuple[Any, ...]:
         return (*self.geometry[:3], self.geometry[3] // self.merged)
 
-    def _constants(self) -> tuple[tuple[Any, ...], Tensor | None]:
-        """What the plain kernels take after the activation, and the bias."""
+    def _constants(self) -> tuple[Callable[[Tensor], tuple[Any, ...]], Tensor | None]:
+        """What the plain kernels take after an activation of some shape, and the bias."""
         weight = self.kernel_weight()
         scale, zero_point, bias = self.input_arguments()
-        packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, scale, zero_point, *self._geometry(), None)
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
-        return (scale, zero_point, packed, self.weight_scale, zero_points), bias
+
+        def pack(shape: torch.Size) -> tuple[Any, ...]:
+            geometry = (*self._geometry(), list(shape))
+            packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, scale, zero_point, *geometry)
+            return scale, zero_point, packed, self.weight_scale, zero_points
+
+        return _by_shape(pack), bias
 
     def engine(self, shape: torch.Size) -> str:
         """The engine whose kernel is the fastest for an input shape."""
@@ -408,17 +413,10 @@ class QConv(_Weighted):
         fits = is_usual and self.geometry[3] == channels and fits_depthwise_kernel(self.weight, self.input_max)
         return "fbgemm" if fits else "onednn"
 
-    def _packed_for_shapes(self) -> Callable[[torch.Size], Any]:
-        """Packed weights of the engine by input shape: each prepares its kernel for the first shape that it meets."""
-        packed: dict[torch.Size, Any] = {}
-
-        def of_shape(shape: torch.Size) -> Any:
-            if shape not in packed and len(packed) < MAX_SHAPES:
-                with _engine(self.engine(shape)):
-                    packed[shape] = _QUANTIZED.conv2d_prepack(self.quantized_weight(), self.bias, *self._geometry())
-            return packed[shape] if shape in packed else next(iter(packed.values()))
-
-        return of_shape
+    def _packed_of_engine(self, shape: torch.Size) -> Any:
+        """What the engine's kernels take; it prepares its kernel for the first shape that it meets."""
+        with _engine(self.engine(shape)):
+            return _QUANTIZED.conv2d_prepack(self.quantized_weight(), self.bias, *self._geometry())
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
@@ -427,8 +425,8 @@ class QConv(_Weighted):
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
-        input, output, packed = self.qparams("input"), self.qparams("output"), self._packed_for_shapes()
-        return lambda x: _as_plain(kernel(_as_quantized(x, *input), packed(x.shape), *output))
+        input, output, packed = self.qparams("input"), self.qparams("output"), _by_shape(self._packed_of_engine)
+        return lambda x: _as_plain(kernel(_as_quantized(x, *input), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
@@ -437,7 +435,7 @@ class QConv(_Weighted):
         dimensions = self.dimensions
 
         def run(x: Tensor) -> Tensor:
-            y: Tensor = kernel(x, *constants, *arguments)
+            y: Tensor = kernel(x, *constants(x), *arguments)
             # Of an empty batch the 1d kernel returns four dimensions.
             return y if dimensions > 1 or x.shape[0] else y.squeeze(2)
 
@@ -483,7 +481,7 @@ class QConvAdd(QConv):
                 other = other.contiguous(memory_format=channels_last)
             elif not overwrites:
                 other = other.clone()
-            y: Tensor = kernel(x, *constants, other, *arguments)
+            y: Tensor = kernel(x, *constants(x), other, *arguments)
             return y
 
         return run
@@ -663,6 +661,20 @@ class QMaxPool2d(KernelModule):
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)
         return lambda x: torch.max_pool2d(x.to(torch.float32), *geometry).to(torch.uint8)
+
+
+def _by_shape(pack: Callable[[torch.Size], Any]) -> Callable[[Tensor], Any]:
+    """What is packed for an input's shape: oneDNN prefers other layouts for other shapes, and reorders the whole weight at
+    each call that meets the wrong one.
+    """
+    packed: dict[torch.Size, Any] = {}
+
+    def of(x: Tensor) -> Any:
+        if x.shape not in packed and len(packed) < MAX_SHAPES:
+            packed[x.shape] = pack(x.shape)
+        return packed[x.shape] if x.shape in packed else next(iter(packed.values()))
+
+    return of
 
 
 def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
