@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-#: Seconds between two contenders. Threads of one's pool go on spinning after its work; ONNX Runtime's would take half of
-#: the next one's time on two cores.
+#: Seconds between two contenders. Threads of one's pool go on spinning after its work; on two cores, ONNX Runtime's
+#: would more than double the time of the next one.
 PAUSE = 0.1
 #: Calls before the first one that counts; some contenders compile on early calls.
 WARM_UP_CALLS = 4

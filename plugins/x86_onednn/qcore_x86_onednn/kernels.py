@@ -664,8 +664,9 @@ class QMaxPool2d(KernelModule):
 
 
 def _by_shape(pack: Callable[[torch.Size], Any]) -> Callable[[Tensor], Any]:
-    """What is packed for an input's shape: oneDNN prefers other layouts for other shapes, and reorders the whole weight at
-    each call that meets the wrong one.
+    """What is packed for an input's shape.
+
+    For other shapes oneDNN may prefer other layouts, and a call that meets the wrong one reorders the whole weight.
     """
     packed: dict[torch.Size, Any] = {}
 
