@@ -25,6 +25,9 @@ FUSED_ACTIVATIONS = (
     (op.LINEAR, op.TANH),
 )
 
+#: The same, where it must have the fixed range of its own.
+FUSED_FIXED = ((op.CONV[1], op.HARDSIGMOID), (op.LINEAR, op.HARDSIGMOID))
+
 #: Operators with an output of their own scale.
 UNWEIGHTED = (
     op.ADD, op.MUL, *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU,
@@ -77,6 +80,9 @@ def backend_config(pairs_saturate: bool) -> BackendConfig:
         config.set_backend_pattern_config(BackendPatternConfig(pattern).set_dtype_configs([*weighted, *own]))
     linear = BackendPatternConfig(op.LINEAR).set_dtype_configs([*weighted, dynamic, weight_only])
     config.set_backend_pattern_config(linear)
+    weighted_fixed = [DTypeConfig(ACTIVATION, fixed, weight, torch.float32) for weight in (per_channel, per_tensor)]
+    for pattern in FUSED_FIXED:
+        config.set_backend_pattern_config(BackendPatternConfig(pattern).set_dtype_configs(weighted_fixed))
     for pattern in UNWEIGHTED:
         config.set_backend_pattern_config(BackendPatternConfig(pattern).add_dtype_config(unweighted))
     for pattern in FIXED:

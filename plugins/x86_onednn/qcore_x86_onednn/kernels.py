@@ -1,7 +1,7 @@
 """The one room that calls torch's native operators: oneDNN's on plain tensors, and some of torch's quantized ones.
 
-Between kernels, values are plain tensors. A plain tensor and a quantized one share their storage (``_as_quantized``,
-``_as_plain``), so nothing is copied between the two families, and a replayed chain of quantized kernels never leaves
+Between kernels, values are plain tensors. A plain tensor and a quantized one share their storage (``as_quantized``,
+``as_plain``), so nothing is copied between the two families, and a replayed chain of quantized kernels never leaves
 theirs. Small calls of the quantized kernels take half the time: they keep what oneDNN prepares for them, which the
 plain ones look for at each call. Where a torch no longer has the quantized ones, the plain ones, or float arithmetic,
 take their place.
@@ -21,8 +21,9 @@ from torch import Tensor
 from qcore import ops
 from qcore.errors import BackendUnavailableError
 from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore_x86_onednn.engines import engine_of_conv, limits
 from qcore_x86_onednn.integers import merge_groups
-from qcore_x86_onednn.observers import fits_depthwise_kernel, largest_sum
+from qcore_x86_onednn.observers import largest_sum
 
 _ONEDNN = torch.ops.onednn
 _QUANTIZED = torch.ops.quantized
@@ -52,15 +53,10 @@ if _HAS_QUANTIZED:
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, _QUANTIZED_DTYPE)
 
 
+#: Stride, padding, dilation and groups of a convolution that says nothing of them.
+_NO_GEOMETRY = ([1, 1], [0, 0], [1, 1], 1)
 #: For how many input shapes a convolution's weight is packed; further ones share the first one's.
 MAX_SHAPES = 4
-#: Up to how many rows linear layers are FBGEMM's, on CPUs without VNNI: 1 to 64 take 0.25 to 0.8 of oneDNN's time, 128
-#: 0.85 to 0.95, thousands 1.1.
-FEW_ROWS = 128
-#: The same for the pixels of a 1x1 convolution.
-FEW_PIXELS = 16
-#: The same where an activation follows, which FBGEMM leaves to be computed in float.
-FEW_ROWS_THEN_FLOAT = 16
 
 
 def missing_kernels() -> list[str]:
@@ -80,27 +76,39 @@ def has_vnni() -> bool:
 
 def measure_saturation() -> bool:
     """Whether oneDNN's kernels lose something at the ends of the ranges: all weights 127, all activations 255."""
-    exact = 127 * 255 * 16
+    # The plain kernels: which of the others to take depends on the answer.
+    linear, conv = _all_weights_127([]), [_all_weights_127([size, size]) for size in (1, 3)]
+    runs = [QLinear(*linear)._run_of_plain(), *(QConv(*state, _NO_GEOMETRY)._run_of_plain() for state in conv)]
+    return not all(map(_is_exact_at_the_ends, runs, ([], [1, 1], [3, 3])))
+
+
+def _all_weights_127(window: list[int]) -> tuple[QuantizedWeight, None, QParams, None, tuple[str, list[float], str]]:
     one = torch.ones(16)
-    for size in (0, 1, 3):
-        window = [size, size] if size else []
-        weight = QuantizedWeight(torch.full((16, 16, *window), 127, dtype=torch.int8), one, one * 0, 0)
-        x = torch.full((2, 16, *window), 255, dtype=torch.uint8)
-        qparams = QParams(1.0, 0, 0, 255, torch.uint8)
-        kernel: QLinear | QConv
-        if size == 0:
-            kernel = QLinear(weight, None, qparams, None, ("none", [], ""))
-        else:
-            kernel = QConv(weight, None, qparams, None, ("none", [], ""), ([1, 1], [0, 0], [1, 1], 1))
-        # The plain kernels: which of the others to take depends on the answer.
-        if not bool((kernel._run_of_plain()(x) == exact * max(size, 1) ** 2).all()):
-            return True
-    return False
+    weight = QuantizedWeight(torch.full((16, 16, *window), 127, dtype=torch.int8), one, one * 0, 0)
+    return weight, None, QParams(1.0, 0, 0, 255, torch.uint8), None, ("none", [], "")
+
+
+def _is_exact_at_the_ends(run: Callable[[Tensor], Tensor], window: list[int]) -> bool:
+    x = torch.full((2, 16, *window), 255, dtype=torch.uint8)
+    return bool((run(x) == 127 * 255 * 16 * math.prod(window)).all())
+
+
+def has_quantized() -> bool:
+    """Whether this torch still has quantized tensors, and kernels for them."""
+    return _HAS_QUANTIZED
 
 
 def has_engine(name: str) -> bool:
     """Whether torch's quantized kernels are there, and this engine of them."""
     return _HAS_QUANTIZED and name in torch.backends.quantized.supported_engines
+
+
+@functools.cache
+def is_exact(name: str) -> bool:
+    """Whether there is an engine whose matrix products lose nothing, with weights that oneDNN's kernels can take."""
+    if not has_engine(name):
+        return False
+    return not has_vnni() or _is_exact_at_the_ends(QLinear(*_all_weights_127([]))._run_of_engine(name), [])
 
 
 @contextmanager
@@ -126,29 +134,34 @@ def could_saturate(weight: Tensor, input_max: int) -> bool:
     return not has_vnni() and largest_sum(weight) * input_max > 2**15 - 1
 
 
-def _as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """A quantized tensor on the storage of a plain one."""
     shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE)
     return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
-def _as_plain(x: Tensor) -> Tensor:
+def as_plain(x: Tensor) -> Tensor:
     """A plain tensor on the storage of a quantized one."""
     shell = torch.empty(0, dtype=torch.uint8)
     return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
-def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Float to uint8."""
-    return _as_plain(torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE))
+    if not _HAS_QUANTIZED:
+        arguments = torch.tensor(scale), torch.tensor(zero_point), 0, 255, torch.uint8
+        return ops.quantize_per_tensor(x, *arguments)  # type: ignore[no-any-return]
+    return as_plain(torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE))
 
 
-def _dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """uint8 to float."""
-    return _as_quantized(x, scale, zero_point).dequantize()
+    if not _HAS_QUANTIZED:
+        return ops.dequantize_per_tensor(x, torch.tensor(scale), torch.tensor(zero_point))  # type: ignore[no-any-return]
+    return as_quantized(x, scale, zero_point).dequantize()
 
 
-def _add(
+def add(
     a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
 ) -> Tensor:
     """A sum of two tensors of the same shape; the qparams are scales and zero points."""
@@ -158,17 +171,15 @@ def _add(
         a.shape, scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE, memory_format=layout
     )
     # The form with an output doesn't look at the process's quantized engine.
-    torch.ops.quantized.add.out(_as_quantized(a, *a_qparams), _as_quantized(b, *b_qparams), out)
-    return _as_plain(out)
+    torch.ops.quantized.add.out(as_quantized(a, *a_qparams), as_quantized(b, *b_qparams), out)
+    return as_plain(out)
 
 
-def _mul(
+def mul(
     a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
 ) -> Tensor:
     """A product of two tensors that broadcast; the qparams are scales and zero points."""
-    return _as_plain(
-        torch.ops.quantized.mul.default(_as_quantized(a, *a_qparams), _as_quantized(b, *b_qparams), *qparams)
-    )
+    return as_plain(torch.ops.quantized.mul.default(as_quantized(a, *a_qparams), as_quantized(b, *b_qparams), *qparams))
 
 
 class Quantize(KernelModule):
@@ -187,12 +198,8 @@ class Quantize(KernelModule):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
-        scale, zero_point = self.qparams("output")
-        if not _HAS_QUANTIZED:
-            low, high = self.bounds or (0, 255)
-            arguments = (self.output_scale, self.output_zero_point, low, high, torch.uint8)
-            return lambda x: ops.quantize_per_tensor(x, *arguments)
-        return _bounded(lambda x: _quantize(x, scale, zero_point), self.bounds)
+        output = self.qparams("output")
+        return bounded(lambda x: quantize(x, *output), self.bounds)
 
 
 class Dequantize(KernelModule):
@@ -210,10 +217,8 @@ class Dequantize(KernelModule):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
-        scale, zero_point = self.qparams("input")
-        if not _HAS_QUANTIZED:
-            return lambda x: ops.dequantize_per_tensor(x, self.input_scale, self.input_zero_point)
-        return lambda x: _dequantize(x, scale, zero_point)
+        input = self.qparams("input")
+        return lambda x: dequantize(x, *input)
 
 
 class _Weighted(KernelModule):
@@ -403,15 +408,9 @@ class QConv(_Weighted):
 
     def engine(self, shape: torch.Size) -> str:
         """The engine whose kernel is the fastest for an input shape."""
-        kernel, channels = list(self.weight.shape[2:]), self.weight.shape[0]
-        if not has_engine("fbgemm") or has_vnni():
+        if not is_exact("fbgemm"):
             return "onednn"
-        if kernel == [1, 1]:
-            return "fbgemm" if shape[0] * math.prod(shape[2:]) <= FEW_PIXELS else "onednn"
-        # Its depthwise kernels know no other padding.
-        is_usual = list(self.geometry[1]) == [size // 2 for size in kernel] and max(self.geometry[2]) == 1
-        fits = is_usual and self.geometry[3] == channels and fits_depthwise_kernel(self.weight, self.input_max)
-        return "fbgemm" if fits else "onednn"
+        return engine_of_conv(self.weight, self.geometry, self.input_max, shape, has_vnni())
 
     def _packed_of_engine(self, shape: torch.Size) -> Any:
         """What the engine's kernels take; it prepares its kernel for the first shape that it meets."""
@@ -421,12 +420,12 @@ class QConv(_Weighted):
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
         run = self._run_of_engine() if self.is_for_engine("onednn") else self._run_of_plain()
-        return _bounded(with_batch(run, self.dimensions + 2), self.bounds)
+        return bounded(with_batch(run, self.dimensions + 2), self.bounds)
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
         input, output, packed = self.qparams("input"), self.qparams("output"), _by_shape(self._packed_of_engine)
-        return lambda x: _as_plain(kernel(_as_quantized(x, *input), packed(x), *output))
+        return lambda x: as_plain(kernel(as_quantized(x, *input), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
@@ -497,13 +496,14 @@ class QLinear(_Weighted):
         return f"quantized::linear, for many rows {plain}" if self.is_for_engine("fbgemm") else plain
 
     def is_for_engine(self, name: str) -> bool:
-        """Without VNNI, FBGEMM takes a quarter of the time for one row, and no more for some hundred."""
-        return has_engine(name) and not has_vnni()
+        """FBGEMM takes less time for few rows, whatever follows."""
+        return is_exact(name)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound; the weight is packed for those kernels that are needed."""
         few_rows, many_rows = functools.cache(self._run_of_engine), functools.cache(self._run_of_plain)
-        few = FEW_ROWS if self.is_bare else FEW_ROWS_THEN_FLOAT
+        limit = limits(has_vnni())
+        few = limit.rows if self.is_bare else limit.rows_then_float
         rows = few if self.is_for_engine("fbgemm") else 0
         (width, inputs), dtype = self.weight.shape, self.output_arguments()[2]
 
@@ -512,21 +512,21 @@ class QLinear(_Weighted):
                 return torch.empty((*x.shape[:-1], width), dtype=dtype)  # The kernels forget leading dimensions.
             return (few_rows if x.numel() <= rows * inputs else many_rows)()(x)
 
-        return _bounded(run, self.bounds)
+        return bounded(run, self.bounds)
 
-    def _run_of_engine(self) -> Callable[[Tensor], Tensor]:
-        with _engine("fbgemm"):
+    def _run_of_engine(self, name: str = "fbgemm") -> Callable[[Tensor], Tensor]:
+        with _engine(name):
             packed = _QUANTIZED.linear_prepack(self.quantized_weight(), self.bias)
         input, (scale, zero_point, dtype) = self.qparams("input"), self.output_arguments()
         if dtype == torch.uint8 and self.is_bare:
             kernel = getattr(_QUANTIZED, f"linear{self.relu}").default
-            return with_batch(lambda x: _as_plain(kernel(_as_quantized(x, *input), packed, scale, zero_point)), 2)
+            return with_batch(lambda x: as_plain(kernel(as_quantized(x, *input), packed, scale, zero_point)), 2)
         to_float = _QUANTIZED.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
         def run(x: Tensor) -> Tensor:
             # It quantizes what it reads, which gives the integers back.
-            y = self._in_float(to_float(_dequantize(x, *input), *input, packed))
-            return y if dtype == torch.float32 else _quantize(y, scale, zero_point)
+            y = self._in_float(to_float(dequantize(x, *input), *input, packed))
+            return y if dtype == torch.float32 else quantize(y, scale, zero_point)
 
         return with_batch(run, 2)
 
@@ -576,70 +576,6 @@ class QDynamicLinear(WeightKernel):
         return run
 
 
-class _Binary(KernelModule):
-    """Two integer inputs, one integer output.
-
-    Args:
-        first: qparams of the first input.
-        second: qparams of the second input.
-        output: qparams of the result.
-    """
-
-    def __init__(self, first: QParams, second: QParams, output: QParams) -> None:
-        super().__init__()
-        for name, qparams in (("first", first), ("second", second), ("output", output)):
-            self.add_qparams(name, qparams)
-        self.bounds = output.bounds
-
-    def in_float(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The computation without quantized kernels."""
-        low, high = self.bounds or (0, 255)
-        first, second = (self.first_scale, self.first_zero_point), (self.second_scale, self.second_zero_point)
-        output = (self.output_scale, self.output_zero_point, low, high, torch.uint8)
-
-        def run(a: Tensor, b: Tensor) -> Tensor:
-            real = function(ops.dequantize_per_tensor(a, *first), ops.dequantize_per_tensor(b, *second))
-            return ops.quantize_per_tensor(real, *output)  # type: ignore[no-any-return]
-
-        return run
-
-
-class QAdd(_Binary):
-    """A sum of two activations, of the same shape or broadcast."""
-
-    kernel_name = "quantized::add"
-
-    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The kernel with its constants bound; not ``onednn::qadd``, which is slower and wrong for mixed layouts."""
-        in_float = self.in_float(torch.add)
-        if not _HAS_QUANTIZED:
-            return in_float
-        qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
-
-        def run(a: Tensor, b: Tensor) -> Tensor:
-            return _add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
-
-        return _bounded(run, self.bounds)
-
-
-class QMul(_Binary):
-    """A product of two activations, of the same shape or broadcast."""
-
-    kernel_name = "quantized::mul"
-
-    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The kernel with its constants bound."""
-        if not _HAS_QUANTIZED:
-            return self.in_float(torch.mul)
-        first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
-
-        def run(a: Tensor, b: Tensor) -> Tensor:
-            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
-            return _mul(a, b, first, second, output) if a.numel() >= b.numel() else _mul(b, a, second, first, output)
-
-        return _bounded(run, self.bounds)
-
-
 class QMaxPool2d(KernelModule):
     """The maximum over windows, on integers as they are.
 
@@ -678,7 +614,8 @@ def _by_shape(pack: Callable[[torch.Size], Any]) -> Callable[[Tensor], Any]:
     return of
 
 
-def _bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
+def bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
+    """A kernel's results cut to the smallest and the largest integer that they may take."""
     if bounds is None:
         return run
     low, high = bounds

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
 from qcore.lookup import LookupKernel
-from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
-from qcore_x86_onednn import integers, kernels
+from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall, QuantizedWeight
+from qcore_x86_onednn import elementwise, integers, kernels
 
 _Activation = tuple[str, list[float], str]
 _NONE: _Activation = ("none", [], "")
@@ -36,9 +37,21 @@ def _activation(call: QuantizedCall) -> _Activation:
 _SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerChannelMinMaxObserver for them")
 
 
-def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
-    weight = call.weight
+def _weight_and_bias(call: QuantizedCall) -> tuple[QuantizedWeight, Tensor | None]:
+    """Those of a convolution or linear layer.
+
+    A hard sigmoid after it is within them: ``x / 6 + 1 / 2``, cut where the integers of its fixed range end.
+    """
+    weight, bias = call.weight, call.bias
     assert weight is not None
+    if op.operator_of(call.nodes[-1]) is not op.HARDSIGMOID:
+        return weight, bias
+    sixth = torch.zeros(weight.values.shape[0]) if bias is None else bias / 6
+    return replace(weight, scale=weight.scale / 6), sixth + 0.5
+
+
+def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
+    weight, bias = _weight_and_bias(call)
     _, _, _, stride, padding, dilation, groups = call.args
     kernel = weight.values.shape[2:]
     padding = _int_padding(padding, kernel, dilation)
@@ -50,7 +63,7 @@ def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
     if kernels.could_saturate(integers.merge_groups(weight.values, groups, merged), call.inputs[0].quant_max):
         merged = 1
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return weight, call.bias, call.inputs[0], call.output, _activation(call), geometry, merged
+    return weight, bias, call.inputs[0], call.output, _activation(call), geometry, merged
 
 
 def _groups_to_merge(weight: Tensor, groups: int) -> int:
@@ -92,10 +105,10 @@ def conv_add(call: QuantizedCall) -> nn.Module | Declined:
 
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer, alone or with an activation."""
-    assert call.weight is not None
-    if kernels.could_saturate(call.weight.values, call.inputs[0].quant_max):
+    weight, bias = _weight_and_bias(call)
+    if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
         return _SATURATES
-    return kernels.QLinear(call.weight, call.bias, call.inputs[0], call.output, _activation(call))
+    return kernels.QLinear(weight, bias, call.inputs[0], call.output, _activation(call))
 
 
 def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
@@ -142,6 +155,25 @@ def interpolate(call: QuantizedCall) -> nn.Module | Declined:
     return integers.QNearest(size, scale_factor, mode)
 
 
+def mean(call: QuantizedCall) -> nn.Module | Declined:
+    """A mean over given dimensions."""
+    built = _in_float(op.MEAN).build(call)
+    _, dims, keepdim = call.args
+    if isinstance(built, Declined) or not dims:
+        return built
+    return elementwise.QMean(tuple(dims), keepdim, call.inputs[0], call.quantized_output)
+
+
+def adaptive_avg_pool(call: QuantizedCall) -> nn.Module | Declined:
+    """A mean over all places; other sizes in float."""
+    size = call.args[1]
+    if any(length != 1 for length in size):
+        operator = op.operator_of(call.nodes[0])
+        assert operator is not None
+        return _in_float(operator).build(call)
+    return elementwise.QMean(tuple(range(-len(size), 0)), True, call.inputs[0], call.quantized_output)
+
+
 def _in_float(operator: Operator) -> LoweringRule:
     return FloatKernel.rule(operator, kernels.Quantize, kernels.Dequantize)
 
@@ -162,12 +194,14 @@ RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.LINEAR, dynamic_linear, is_dynamic=True),
     LoweringRule((op.CONV[1], op.ADD), conv_add),
     *(LoweringRule(operator, conv) for operator in op.CONV),
-    *(LoweringRule((op.CONV[1], activation), conv) for activation in (op.HARDSWISH, op.SILU)),
+    *(LoweringRule((op.CONV[1], activation), conv) for activation in (op.HARDSWISH, op.SILU, op.HARDSIGMOID)),
     LoweringRule(op.LINEAR, linear),
-    *(LoweringRule((op.LINEAR, activation), linear) for activation in _ACTIVATIONS),
-    LoweringRule(op.ADD, _binary(kernels.QAdd)),
-    LoweringRule(op.MUL, _binary(kernels.QMul)),
+    *(LoweringRule((op.LINEAR, activation), linear) for activation in (*_ACTIVATIONS, op.HARDSIGMOID)),
+    LoweringRule(op.ADD, _binary(elementwise.QAdd)),
+    LoweringRule(op.MUL, _binary(elementwise.QMul)),
     LoweringRule(op.MAX_POOL[1], max_pool2d),
+    *(LoweringRule(operator, adaptive_avg_pool) for operator in op.ADAPTIVE_AVG_POOL),
+    LoweringRule(op.MEAN, mean),
     LoweringRule(op.CLAMP, clamp),
     LoweringRule(op.INTERPOLATE, interpolate),
     # In float these take three times as long as by table; what is left in float below, no longer.
@@ -175,7 +209,7 @@ RULES: tuple[LoweringRule, ...] = (
     *(
         _in_float(operator)
         for operator in (
-            *op.AVG_POOL, *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.SOFTMAX, op.LEAKY_RELU, op.CAT, op.STACK,
+            *op.AVG_POOL, op.HARDSWISH, op.SOFTMAX, op.LEAKY_RELU, op.CAT, op.STACK,
             op.MAX_POOL[0], op.MAX_POOL[2],
         )
     ),

@@ -1,0 +1,117 @@
+"""Sums, products and means of activations, on torch's quantized kernels; in float where torch has none."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qcore.lowering import KernelModule, QParams
+from qcore_x86_onednn import kernels
+
+
+class _Binary(KernelModule):
+    """Two integer inputs, one integer output.
+
+    Args:
+        first: qparams of the first input.
+        second: qparams of the second input.
+        output: qparams of the result.
+    """
+
+    def __init__(self, first: QParams, second: QParams, output: QParams) -> None:
+        super().__init__()
+        for name, qparams in (("first", first), ("second", second), ("output", output)):
+            self.add_qparams(name, qparams)
+        self.bounds = output.bounds
+
+    def in_float(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The computation without quantized kernels."""
+        first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            return kernels.quantize(function(kernels.dequantize(a, *first), kernels.dequantize(b, *second)), *output)
+
+        return kernels.bounded(run, self.bounds)
+
+
+class QAdd(_Binary):
+    """A sum of two activations, of the same shape or broadcast."""
+
+    kernel_name = "quantized::add"
+
+    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The kernel with its constants bound; not ``onednn::qadd``, which is slower and wrong for mixed layouts."""
+        in_float = self.in_float(torch.add)
+        if not kernels.has_quantized():
+            return in_float
+        qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            return kernels.add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
+
+        return kernels.bounded(run, self.bounds)
+
+
+class QMul(_Binary):
+    """A product of two activations, of the same shape or broadcast."""
+
+    kernel_name = "quantized::mul"
+
+    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The kernel with its constants bound."""
+        if not kernels.has_quantized():
+            return self.in_float(torch.mul)
+        first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
+            if a.numel() >= b.numel():
+                return kernels.mul(a, _repeated(b, a), first, second, output)
+            return kernels.mul(b, _repeated(a, b), second, first, output)
+
+        return kernels.bounded(run, self.bounds)
+
+
+def _repeated(scale: Tensor, x: Tensor) -> Tensor:
+    """A scale for each channel in the shape of what it scales, where that is faster; else as it is.
+
+    Of each pixel's channels, the kernel takes 64 at a time and the rest one by one.
+    """
+    if x.dim() != 4 or scale.shape != (*x.shape[:2], 1, 1) or x.shape[1] % 64 * 16 < x.shape[1]:
+        return scale
+    return scale.expand(x.shape).contiguous(memory_format=torch.channels_last)
+
+
+class QMean(KernelModule):
+    """A mean over some dimensions. It is the sum that is rounded, once, to the mean's scale times their size.
+
+    Args:
+        dims: the dimensions.
+        keepdim: whether they stay, with a size of 1.
+        input: qparams of the input.
+        output: qparams of the result.
+    """
+
+    kernel_name = "sum in float"
+
+    def __init__(self, dims: tuple[int, ...], keepdim: bool, input: QParams, output: QParams) -> None:
+        super().__init__()
+        self.dims, self.keepdim, self.bounds = dims, keepdim, output.bounds
+        self.add_qparams("input", input)
+        self.add_qparams("output", output)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """The function with its constants bound."""
+        dims, keepdim, input, (scale, zero_point) = (
+            self.dims,
+            self.keepdim,
+            self.qparams("input"),
+            self.qparams("output"),
+        )
+
+        def run(x: Tensor) -> Tensor:
+            size = max(1, math.prod(x.shape[dim] for dim in dims))
+            return kernels.quantize(kernels.dequantize(x, *input).sum(dims, keepdim), scale * size, zero_point)
+
+        return kernels.bounded(run, self.bounds)
