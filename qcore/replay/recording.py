@@ -136,6 +136,19 @@ def record(function: Callable[[], Any], inputs: Sequence[Tensor]) -> tuple[Any, 
     return result, recorder.recording(result)
 
 
+@dataclass
+class _Memory:
+    """What is known of a storage.
+
+    Attributes:
+        storage: a reference, which keeps its place from being taken by a later one.
+        lodgers: the value that shows it in some way, by that way; the first one first.
+    """
+
+    storage: StorageWeakRef
+    lodgers: dict[Any, Value]
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -144,8 +157,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[tuple[Value, Any]] = []
         self.calls: list[Call] = []
         self.given: set[int] = set()
-        #: What is known on each storage, which the reference keeps from being taken for a later one.
-        self.lodgers: dict[int, tuple[StorageWeakRef, dict[Any, Value]]] = {}
+        self.memories: dict[int, _Memory] = {}
         self.shared: set[Value] = set()
         self.inputs = tuple(self.new(tensor) for tensor in inputs)
         for tensor in inputs:
@@ -161,9 +173,9 @@ class _Recorder(TorchDispatchMode):
         self.count += 1
         storage = _storage(thing)
         if storage:
-            if storage not in self.lodgers:
-                self.lodgers[storage] = StorageWeakRef(thing.untyped_storage()), {}
-            lodgers = self.lodgers[storage][1]
+            if storage not in self.memories:
+                self.memories[storage] = _Memory(StorageWeakRef(thing.untyped_storage()), {})
+            lodgers = self.memories[storage].lodgers
             if before in lodgers.values():  # Changed in place, perhaps to other qparams.
                 lodgers.clear()
             lodgers[_appearance(thing)] = value
@@ -171,15 +183,16 @@ class _Recorder(TorchDispatchMode):
 
     def known(self, thing: Tensor) -> Value | None:
         """The value of a tensor that shows the same memory in the same way."""
-        storage = _storage(thing)
-        return self.lodgers[storage][1].get(_appearance(thing)) if storage in self.lodgers else None
+        memory = self.memories.get(_storage(thing))
+        return memory.lodgers.get(_appearance(thing)) if memory else None
 
     def forget(self, function: Any, thing: Tensor) -> None:
         """A tensor is going to show other memory, or the same in another way."""
         value = self.values.get(thing)
         if value in self.shared:
             raise NotReplayableError(f"{function} changes the shape of a tensor that stands for two")
-        _, lodgers = self.lodgers.get(_storage(thing), (None, {}))
+        memory = self.memories.get(_storage(thing))
+        lodgers = memory.lodgers if memory else {}
         for appearance in [appearance for appearance, lodger in lodgers.items() if lodger == value]:
             del lodgers[appearance]
 
@@ -200,11 +213,7 @@ class _Recorder(TorchDispatchMode):
             made = self.__torch_dispatch__(shell[0], types, *shell[1:])
             return self.__torch_dispatch__(_SET_STORAGE, types, (made, *place))
         if function is _SET_STORAGE:
-            # Said with a row of all its elements in the place of the storage, which no recording can hold.
-            owner = self.owner(args[1])
-            sizes = (args[1].nbytes() // owner.element_size(),), (1,), 0
-            row = self.__torch_dispatch__(torch.ops.aten.as_strided.default, types, (owner, *sizes))
-            function, args = _SET_TENSOR, (args[0], row, *args[2:])
+            function, args = _SET_TENSOR, (args[0], self.row(args[1]), *args[2:])
         if torch.Tag.inplace_view in getattr(function, "tags", ()):
             self.forget(function, args[0])
         self.refuse_what_differs(function, args, kwargs)
@@ -220,12 +229,21 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(Call(function, *read, self.given_back(function, results)))
         return results
 
-    def owner(self, storage: Any) -> Tensor:
-        """A tensor on a storage."""
-        for thing in list(self.values.keys()):
-            if _storage(thing) == storage._cdata:
-                return thing  # type: ignore[no-any-return]
-        raise NotReplayableError("an operator takes memory that belongs to no tensor of the call")
+    def row(self, storage: Any) -> Tensor:
+        """All elements of a storage, which stands for it: no recording can hold a storage.
+
+        They are those of the first tensor that showed it as it is now; others on the way needn't be made for this.
+        """
+        memory = self.memories.get(storage._cdata)
+        if memory is None or not memory.lodgers:
+            raise NotReplayableError("an operator takes memory that belongs to no tensor of the call")
+        (_, (dtype, *_), *_), first = next(iter(memory.lodgers.items()))
+        size = [storage.nbytes() // dtype.itemsize]
+        row = torch.empty(0, dtype=torch.uint8).set_(storage)
+        value = self.values[row] = Value(self.count)
+        self.count += 1
+        self.calls.append(Call(torch.ops.aten.as_strided.default, (first, size, [1], 0), {}, value))
+        return row
 
     def read(self, argument: Any) -> Any:
         """An argument, with values in the place of tensors."""

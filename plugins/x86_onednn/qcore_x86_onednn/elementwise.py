@@ -67,20 +67,10 @@ class QMul(_Binary):
         def run(a: Tensor, b: Tensor) -> Tensor:
             # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
             if a.numel() >= b.numel():
-                return kernels.mul(a, _repeated(b, a), first, second, output)
-            return kernels.mul(b, _repeated(a, b), second, first, output)
+                return kernels.mul(a, b, first, second, output)
+            return kernels.mul(b, a, second, first, output)
 
         return kernels.bounded(run, self.bounds)
-
-
-def _repeated(scale: Tensor, x: Tensor) -> Tensor:
-    """A scale for each channel in the shape of what it scales, where that is faster; else as it is.
-
-    Of each pixel's channels, the kernel takes 64 at a time and the rest one by one.
-    """
-    if x.dim() != 4 or scale.shape != (*x.shape[:2], 1, 1) or x.shape[1] % 64 * 16 < x.shape[1]:
-        return scale
-    return scale.expand(x.shape).contiguous(memory_format=torch.channels_last)
 
 
 class QMean(KernelModule):
