@@ -86,6 +86,8 @@ class QuantizedCall:
         weight: the weight of the first operator.
         bias: the bias of the first operator, float32.
         output: the qparams of the result; ``None`` if the kernel must give float.
+        overwritable: for each input, whether nothing reads its integers after this call, so that a kernel may write its
+            result over them.
         dynamic: if the kernel is called with a float and finds its qparams itself: the range of the integers.
     """
 
@@ -94,6 +96,7 @@ class QuantizedCall:
     weight: QuantizedWeight | None
     bias: Tensor | None
     output: QParams | None
+    overwritable: tuple[bool, ...]
     dynamic: tuple[int, int] | None = None
 
     @property
@@ -353,6 +356,7 @@ class _Lowering:
 
     def run(self) -> QGraphModule:
         nodes = list(self.graph.nodes)
+        self.position = {node: number for number, node in enumerate(nodes)}
         dynamic = self.preparation.plan.dynamic
         for node in nodes:
             if node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
@@ -408,7 +412,7 @@ class _Lowering:
             return
         weight, bias = self.weight(node, op) if op.weight is not None else (None, None)
         low, high = rounded.args[1:]
-        call = QuantizedCall((node,), (), weight, bias, None, dynamic=(int(low), int(high)))  # type: ignore[arg-type]
+        call = QuantizedCall((node,), (), weight, bias, None, (), dynamic=(int(low), int(high)))  # type: ignore[arg-type]
         built = rule.build(call)
         if isinstance(built, Declined):
             self.declined[node.name] = f"no kernel ({built.reason}): rounded at run time, computed in float"
@@ -468,8 +472,22 @@ class _Lowering:
             weight=weight,
             bias=bias,
             output=None if quantize is None else self.qparams(quantize),
+            overwritable=tuple(self.is_overwritable(value.node, sources, chain[-1]) for value in values),
         )
         return call, [value.node for value in values]
+
+    def is_overwritable(self, integers: fx.Node, sources: list[fx.Node], last: fx.Node) -> bool:
+        """Whether ``integers`` are a kernel's own result that nothing reads after ``last``."""
+        if integers.op != "call_module" and integers.target is not ops.quantize_per_tensor:
+            return False  # A view of something else.
+        if sum(self.integers[source].node is integers for source in sources) != 1:
+            return False
+        readers = [reader for user in integers.users for reader in (user.users if user in self.integers else (user,))]
+        # A node that isn't of the original graph is a kernel, made for an earlier quantize, or moves the integers.
+        return all(
+            self.position.get(reader, -1 if reader.op == "call_module" else len(self.position)) <= self.position[last]
+            for reader in readers
+        )
 
     def weight(self, node: fx.Node, op: Operator) -> tuple[QuantizedWeight, Tensor | None]:
         assert op.weight is not None and op.bias is not None

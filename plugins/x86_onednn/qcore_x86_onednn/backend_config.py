@@ -73,7 +73,7 @@ def backend_config(pairs_saturate: bool) -> BackendConfig:
 
     config = BackendConfig("x86_onednn")
     residual = BackendPatternConfig((op.CONV[1], op.ADD)).set_condition(Condition("same shape", _same_shape))
-    # The residual's kernel gives what the residual is: uint8.
+    # The residual's kernel writes over the residual, which is uint8.
     config.set_backend_pattern_config(residual.set_dtype_configs(weighted[2:]))
     for pattern in (*op.CONV, *FUSED_ACTIVATIONS):
         own = [] if isinstance(pattern, tuple) else [weight_only]

@@ -451,12 +451,14 @@ class QConvAdd(QConv):
 
     Args:
         other: qparams of the residual.
+        overwrites: whether the result may be written over the residual.
         arguments: see :class:`QConv`.
     """
 
-    def __init__(self, *arguments: Any, other: QParams) -> None:
+    def __init__(self, *arguments: Any, other: QParams, overwrites: bool) -> None:
         super().__init__(*arguments)
         self.add_qparams("other", other)
+        self.overwrites = overwrites
 
     @property
     def kernel_name(self) -> str:
@@ -472,13 +474,17 @@ class QConvAdd(QConv):
         constants, bias = self._constants()
         tail = (*self.qparams("output"), torch.uint8, *self.qparams("other"), "sum", 1.0, *self.activation)
         arguments = (bias, *self._geometry(), *tail)
+        overwrites, channels_last = self.overwrites, torch.channels_last
 
         def run(x: Tensor, other: Tensor) -> Tensor:
             if x.shape[0] != other.shape[0]:  # Examples with a batch of 1 don't tell which side has always 1.
                 batch = x.shape[0] if other.shape[0] == 1 else other.shape[0]
-                x, other = x.expand(batch, -1, -1, -1), other.expand(batch, -1, -1, -1)
-            # The kernel copies the residual and writes its result over the copy, in its own layout.
-            other = other.contiguous(memory_format=torch.channels_last)
+                x, other = x.expand(batch, -1, -1, -1), other.expand(batch, -1, -1, -1).clone()
+            # The kernel writes its result over the residual, and needs it in its own layout.
+            if not other.is_contiguous(memory_format=channels_last):
+                other = other.contiguous(memory_format=channels_last)
+            elif not overwrites:
+                other = other.clone()
             y: Tensor = kernel(x, *constants(x), other, *arguments)
             return y
 

@@ -100,7 +100,7 @@ def conv_add(call: QuantizedCall) -> nn.Module | Declined:
     arguments = _conv_arguments(call)
     if isinstance(arguments, Declined):
         return arguments
-    return kernels.QConvAdd(*arguments, other=call.inputs[1])
+    return kernels.QConvAdd(*arguments, other=call.inputs[1], overwrites=call.overwritable[1])
 
 
 def linear(call: QuantizedCall) -> nn.Module | Declined:
