@@ -410,6 +410,7 @@ def test_unknown_modules_run_from_python() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:FutureWarning")
 def test_whoever_watches_operators_sees_them(scaled: tuple[Executor, Scale]) -> None:
     without_effect(*scaled)
     executor, kernel = scaled

@@ -480,7 +480,7 @@ class QConvAdd(QConv):
             if x.shape[0] != other.shape[0]:  # Examples with a batch of 1 don't tell which side has always 1.
                 batch = x.shape[0] if other.shape[0] == 1 else other.shape[0]
                 x, other = x.expand(batch, -1, -1, -1), other.expand(batch, -1, -1, -1).clone()
-            # The kernel writes its result over the residual, and needs it in its own layout.
+            # The kernel writes its result over the residual (and returns a copy), and needs it in its own layout.
             if not other.is_contiguous(memory_format=channels_last):
                 other = other.contiguous(memory_format=channels_last)
             elif not overwrites:
