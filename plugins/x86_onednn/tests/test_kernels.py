@@ -126,6 +126,8 @@ def test_what_is_quantized_has_a_kernel(case: Case):
         (nn.Sequential(nn.Linear(9, 6), nn.LeakyReLU(0.2)), (2, 9), "onednn::qlinear_pointwise + leaky_relu"),
         (nn.Sequential(nn.Linear(9, 6), nn.Tanh()), (2, 9), "onednn::qlinear_pointwise + tanh"),
         (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU6()), (2, 4, 6, 6), "quantized::conv2d"),
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.Hardsigmoid()), (2, 4, 6, 6), "quantized::conv2d"),
+        (nn.Sequential(nn.Linear(9, 6), nn.Hardsigmoid()), (2, 9), "onednn::qlinear_pointwise"),
     ],
     ids=str,
 )
@@ -168,11 +170,33 @@ def test_depthwise_convolutions_go_where_they_are_fast_if_that_costs_little(
         assert steps(models, given) <= 1.01
 
 
-def test_any_number_of_input_shapes():
-    models = make(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)), torch.randn(2, 4, 6, 6))
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardswish()], ids=str)
+def test_any_number_of_input_shapes(activation: nn.Module):
+    models = make(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), activation, nn.Conv2d(6, 4, 1)), torch.randn(2, 4, 6, 6))
     for turn in range(2):
         for size in range(1, kernels.MAX_SHAPES + 4):
             assert steps(models, torch.randn(1 + turn, 4, size, 5)) <= 2.01
+
+
+@pytest.mark.parametrize("unit", [0.1, 30.0])
+def test_a_hard_sigmoid_in_its_convolution_ends_where_it_ends(unit: float):
+    x = torch.randn(2, 8, 5, 5) * unit
+    models = make(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Hardsigmoid(), nn.Flatten(0)), x)
+    assert steps(models, x) <= 1.01
+    result = models[1](x)
+    assert result.min() >= 0 and result.max() <= 255 / 256
+    assert (unit == 30.0) == (result.min() == 0 and result.max() == 255 / 256)
+
+
+@pytest.mark.parametrize(
+    ("dims", "keepdim"), [((2, 3), False), ((-1,), True), ((0, 1, 2, 3), False), (1, True), ((3, 0), True)], ids=str
+)
+def test_a_mean_is_rounded_once(dims: tuple[int, ...] | int, keepdim: bool):
+    x = torch.randn(3, 6, 5, 4)
+    models = make(One(lambda m, x: F.relu(m.a(x)).mean(dims, keepdim) * 1.0, a=nn.Conv2d(6, 6, 1)), x)
+    assert kernel_names(models[1])[1] == "sum in float"
+    assert steps(models, x) <= 1.01 and steps(models, torch.randn(2, 6, 3, 7)) <= 1.01
+    assert models[1](torch.randn(2, 6, 3, 7)).shape == torch.empty(2, 6, 3, 7).mean(dims, keepdim).shape
 
 
 def _residual(before: Callable[..., Tensor]) -> One:
