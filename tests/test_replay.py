@@ -410,6 +410,36 @@ def test_unknown_modules_run_from_python() -> None:
 
 
 @torch.no_grad()
+def test_a_call_is_recorded_only_when_the_first_of_its_form_is_over() -> None:
+    """Before that, kernels may still be packing, which can't be recorded."""
+    entered, may_go_on = threading.Event(), threading.Event()
+
+    class Slow(Scale):
+        def pack(self) -> Callable[[Tensor], Tensor]:
+            run = super().pack()
+
+            def first_waits(x: Tensor) -> Tensor:
+                if not self.runs:
+                    self.runs.append(1)
+                    entered.set()
+                    may_go_on.wait(10)
+                return run(x)
+
+            return first_waits
+
+    executor, _ = executed(nn.Sequential(Slow(2.0)))
+    x = torch.randn(3)
+    thread = threading.Thread(target=executor, args=(x,))
+    thread.start()
+    assert entered.wait(10)
+    executor(x)
+    assert not executor.programs
+    may_go_on.set()
+    thread.join()
+    assert torch.equal(executor(x), 2 * x) and executor.replayed_forms == 1
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:FutureWarning")
 def test_whoever_watches_operators_sees_them(scaled: tuple[Executor, Scale]) -> None:
     without_effect(*scaled)

@@ -153,10 +153,11 @@ class Executor:
         programs, seen = self.programs, self.seen
         is_full = len(programs) >= MAX_FORMS
         if form not in seen and not is_full:
+            result = self.forward(self.module, *args, **kwargs)
             if len(seen) >= 16 * MAX_FORMS:
                 seen.clear()
-            seen.add(form)
-            return self.forward(self.module, *args, **kwargs)
+            seen.add(form)  # Not before: a call in another thread would be recorded while kernels are still packed.
+            return result
         if is_full or form in programs or _needs_grad(tensors):
             return self.forward(self.module, *args, **kwargs)
         programs[form] = None  # Until it is proven, and for good if it isn't.

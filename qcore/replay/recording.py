@@ -168,6 +168,7 @@ class _Recorder(TorchDispatchMode):
         return False  # Else torch imports its compiler, which takes seconds.
 
     def new(self, thing: Any) -> Value:
+        """The value that a tensor or script object is from now on: a first one, or another after a change in place."""
         before = self.values.get(thing)
         value = self.values[thing] = Value(self.count)
         self.count += 1
@@ -230,9 +231,10 @@ class _Recorder(TorchDispatchMode):
         return results
 
     def row(self, storage: Any) -> Tensor:
-        """All elements of a storage, which stands for it: no recording can hold a storage.
+        """What stands for a storage, which no recording can hold: a row of all its elements.
 
-        They are those of the first tensor that showed it as it is now; others on the way needn't be made for this.
+        The recording makes it of the first value that showed this memory, so that none between the two need be made for
+        it. Here bytes do: which elements they form doesn't matter to those who take the storage.
         """
         memory = self.memories.get(storage._cdata)
         if memory is None or not memory.lodgers:

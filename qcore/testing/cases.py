@@ -147,6 +147,7 @@ _WEIGHTED = [
     Case("conv2d depthwise 3x3, no padding, stride 2", _conv(16, 16, 3, stride=2, groups=16), (_WIDE,)),
     Case("conv2d depthwise 5x5, no padding, stride 1", _conv(16, 16, 5, groups=16), (_WIDE,)),
     Case("conv2d depthwise, 2 outputs each", _conv(8, 16, 3, padding=1, groups=8), ((2, 8, 6, 6),)),
+    Case("conv2d depthwise of one row, padded rows", _conv(16, 16, (1, 3), padding=(1, 0), groups=16), (_WIDE,)),
     Case("conv2d of one channel", _conv(1, 4, 3, padding=1), ((2, 1, 6, 6),)),
     Case("conv2d padding same", _conv(4, 4, 3, padding="same"), (_IMAGE,)),
     Case("conv2d padding same, even kernel", _conv(4, 4, 2, padding="same"), (_IMAGE,)),

@@ -83,7 +83,7 @@ class QMean(KernelModule):
         output: qparams of the result.
     """
 
-    kernel_name = "sum in float"
+    kernel_name = "mean as a sum in float"
 
     def __init__(self, dims: tuple[int, ...], keepdim: bool, input: QParams, output: QParams) -> None:
         super().__init__()

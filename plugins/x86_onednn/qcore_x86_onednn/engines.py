@@ -62,8 +62,8 @@ def engine_of_conv(
     kernel, channels = list(weight.shape[2:]), weight.shape[0]
     if kernel == [1, 1] and groups == 1:
         limit, pixels = limits(has_vnni), shape[0] * math.prod(shape[2:])
-        is_small = pixels <= limit.pixels and pixels * channels <= limit.results * math.prod(stride)
-        return "fbgemm" if is_small else "onednn"
+        results = pixels / math.prod(stride) * channels
+        return "fbgemm" if pixels <= limit.pixels and results <= limit.results else "onednn"
     # FBGEMM's depthwise kernels know no other padding, and pair what oneDNN's don't, with VNNI too.
     is_usual = list(padding) == [size // 2 for size in kernel] and max(dilation) == 1
     fits = is_usual and groups == channels and not has_vnni and fits_depthwise_kernel(weight, input_max)

@@ -105,7 +105,10 @@ def has_engine(name: str) -> bool:
 
 @functools.cache
 def is_exact(name: str) -> bool:
-    """Whether there is an engine whose matrix products lose nothing, with weights that oneDNN's kernels can take."""
+    """Whether an engine is there and its matrix products lose nothing.
+
+    Without VNNI nothing is asked: there no weight comes to a kernel whose pairs could saturate.
+    """
     if not has_engine(name):
         return False
     return not has_vnni() or _is_exact_at_the_ends(QLinear(*_all_weights_127([]))._run_of_engine(name), [])
@@ -299,10 +302,6 @@ class _Weighted(KernelModule):
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
         return torch._make_per_channel_quantized_tensor(weight, self.weight_scale.double(), zero_points, 0)
 
-    def is_for_engine(self, name: str) -> bool:
-        """Whether an engine has a kernel for this."""
-        return has_engine(name) and not self.gives_float and self.is_bare
-
     @property
     def is_bare(self) -> bool:
         """Whether there is no activation but what every kernel knows."""
@@ -383,13 +382,14 @@ class QConv(_Weighted):
     @property
     def kernel_name(self) -> str:
         """For ``explain``."""
-        if self.is_for_engine("onednn"):
+        if self.has_quantized_kernel:
             return f"quantized::conv2d{self.relu}"
         return f"onednn::qconv{self.dimensions}d_pointwise{self.suffix}"
 
-    def is_for_engine(self, name: str) -> bool:
-        """Only 2d kernels keep what was prepared."""
-        return self.dimensions == 2 and super().is_for_engine(name)
+    @property
+    def has_quantized_kernel(self) -> bool:
+        """Whether ``quantized::conv2d`` computes it: to integers, without an activation that only oneDNN knows."""
+        return self.dimensions == 2 and not self.gives_float and self.is_bare and has_engine("onednn")
 
     def kernel_weight(self) -> Tensor:
         """The weight with groups merged."""
@@ -424,7 +424,7 @@ class QConv(_Weighted):
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
-        run = self._run_of_engine() if self.is_for_engine("onednn") else self._run_of_plain()
+        run = self._run_of_engine() if self.has_quantized_kernel else self._run_of_plain()
         return bounded(with_batch(run, self.dimensions + 2), self.bounds)
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
@@ -465,9 +465,40 @@ class QConvAdd(QConv):
         """For ``explain``."""
         return f"onednn::qconv2d_pointwise + sum{self.suffix}"
 
-    def is_for_engine(self, name: str) -> bool:
+    @property
+    def has_quantized_kernel(self) -> bool:
         """``quantized::conv2d_add`` looks at the process's engine when it runs, not only when the weight is packed."""
         return False
+
+    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The kernel with its constants bound; another computation where it would have to broadcast."""
+        in_kernel, in_float = with_batch(self._run_of_plain(), 4), functools.cache(self._run_in_float)
+
+        def run(x: Tensor, other: Tensor) -> Tensor:
+            # The examples had one shape; an input of another size may leave another.
+            fits = x.dim() == other.dim() and other.shape[-3:] == self._shape_of_one(x)
+            return in_kernel(x, other) if fits else in_float()(x, other)
+
+        return bounded(run, self.bounds)
+
+    def _shape_of_one(self, x: Tensor) -> tuple[int, ...]:
+        """Channels, height and width of the convolution's result."""
+        places = zip(x.shape[-2:], self.weight.shape[2:], *self.geometry[:3], strict=True)
+        sizes = ((n + 2 * pad - step * (k - 1) - 1) // stride + 1 for n, k, stride, pad, step in places)
+        return (self.weight.shape[0], *sizes)
+
+    def _run_in_float(self) -> Callable[[Tensor, Tensor], Tensor]:
+        kernel = _ONEDNN.qconv2d_pointwise.default
+        constants, bias = self._constants()
+        arguments = (bias, *self._geometry(), 1.0, 0, torch.float32, "none", [], "")
+        convolved = with_batch(lambda x: kernel(x, *constants(x), *arguments), 4)
+        other_qparams, output = self.qparams("other"), self.qparams("output")
+        activation = torch.relu if self.activation[0] == "relu" else torch.positive
+
+        def run(x: Tensor, other: Tensor) -> Tensor:
+            return quantize(activation(convolved(x) + dequantize(other, *other_qparams)), *output)
+
+        return run
 
     def _run_of_plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         kernel = _ONEDNN.qconv2d_pointwise.binary
@@ -498,24 +529,18 @@ class QLinear(_Weighted):
     def kernel_name(self) -> str:
         """For ``explain``."""
         plain = f"onednn::qlinear_pointwise{self.suffix}"
-        return f"quantized::linear, for many rows {plain}" if self.is_for_engine("fbgemm") else plain
-
-    def is_for_engine(self, name: str) -> bool:
-        """FBGEMM takes less time for few rows, whatever follows."""
-        return is_exact(name)
+        return f"quantized::linear, for many rows {plain}" if is_exact("fbgemm") else plain
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound; the weight is packed for those kernels that are needed."""
-        few_rows, many_rows = functools.cache(self._run_of_engine), functools.cache(self._run_of_plain)
-        limit = limits(has_vnni())
-        few = limit.rows if self.is_bare else limit.rows_then_float
-        rows = few if self.is_for_engine("fbgemm") else 0
-        (width, inputs), dtype = self.weight.shape, self.output_arguments()[2]
+        on_fbgemm, on_onednn = functools.cache(self._run_of_engine), functools.cache(self._run_of_plain)
+        limit, (width, inputs), dtype = limits(has_vnni()), self.weight.shape, self.output_arguments()[2]
+        most_rows = (limit.rows if self.is_bare else limit.rows_then_float) if is_exact("fbgemm") else 0
 
         def run(x: Tensor) -> Tensor:
             if x.numel() == 0:
                 return torch.empty((*x.shape[:-1], width), dtype=dtype)  # The kernels forget leading dimensions.
-            return (few_rows if x.numel() <= rows * inputs else many_rows)()(x)
+            return (on_fbgemm if x.numel() <= most_rows * inputs else on_onednn)()(x)
 
         return bounded(run, self.bounds)
 
@@ -613,7 +638,9 @@ def _by_shape(pack: Callable[[torch.Size], Any]) -> Callable[[Tensor], Any]:
 
     def of(x: Tensor) -> Any:
         if x.shape not in packed and len(packed) < MAX_SHAPES:
-            packed[x.shape] = pack(x.shape)
+            with PACKING:  # Threads that come together pack no shape twice, and no more shapes.
+                if x.shape not in packed and len(packed) < MAX_SHAPES:
+                    packed[x.shape] = pack(x.shape)
         return packed[x.shape] if x.shape in packed else next(iter(packed.values()))
 
     return of

@@ -13,6 +13,7 @@ from qcore.fx.operators import Operator
 from qcore.lookup import LookupKernel
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall, QuantizedWeight
 from qcore_x86_onednn import elementwise, integers, kernels
+from qcore_x86_onednn.backend_config import FUSED_ACTIVATIONS, FUSED_FIXED
 
 _Activation = tuple[str, list[float], str]
 _NONE: _Activation = ("none", [], "")
@@ -24,6 +25,7 @@ _ACTIVATIONS: dict[Operator, Callable[[tuple[Any, ...]], _Activation]] = {
     op.GELU: lambda args: ("gelu", [], "none"),
     op.LEAKY_RELU: lambda args: ("leaky_relu", [float(args[1])], ""),
     op.TANH: lambda args: ("tanh", [], ""),
+    op.HARDSIGMOID: lambda args: _NONE,  # It is within the weight and the bias.
 }
 
 
@@ -59,21 +61,23 @@ def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
         return Declined("padding 'same' isn't symmetric here")
     if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
         return _SATURATES
-    merged = _groups_to_merge(weight.values, groups)
+    merged = _groups_to_merge(weight.values, groups, padding)
     if kernels.could_saturate(integers.merge_groups(weight.values, groups, merged), call.inputs[0].quant_max):
         merged = 1
     geometry = (list(stride), list(padding), list(dilation), groups)
     return weight, bias, call.inputs[0], call.output, _activation(call), geometry, merged
 
 
-def _groups_to_merge(weight: Tensor, groups: int) -> int:
+def _groups_to_merge(weight: Tensor, groups: int, padding: list[int]) -> int:
     """How many neighbouring groups to compute as one; 1 where the kernel for the groups as they are is fast.
 
     Groups whose channels are no multiple of 4, depthwise convolutions with several outputs for each input, and those
     of 3 dimensions fall to oneDNN's reference code, tens of times slower than what merging, which adds zeros, costs.
+    oneDNN's depthwise kernel for VNNI is wrong where rows are padded and the kernel has one; that of groups isn't.
     """
     inputs, outputs = weight.shape[1], weight.shape[0] // groups
-    if groups == 1 or (inputs == outputs == 1 and weight.dim() < 5):
+    is_wrong = weight.dim() == 4 and weight.shape[2] == 1 and padding[0] > 0
+    if groups == 1 or (inputs == outputs == 1 and weight.dim() < 5 and not is_wrong):
         return 1
     number = math.lcm(4 // math.gcd(4, inputs), 4 // math.gcd(4, outputs))
     return number if groups % number == 0 else groups
@@ -194,9 +198,8 @@ RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.LINEAR, dynamic_linear, is_dynamic=True),
     LoweringRule((op.CONV[1], op.ADD), conv_add),
     *(LoweringRule(operator, conv) for operator in op.CONV),
-    *(LoweringRule((op.CONV[1], activation), conv) for activation in (op.HARDSWISH, op.SILU, op.HARDSIGMOID)),
     LoweringRule(op.LINEAR, linear),
-    *(LoweringRule((op.LINEAR, activation), linear) for activation in (*_ACTIVATIONS, op.HARDSIGMOID)),
+    *(LoweringRule(fused, linear if fused[0] is op.LINEAR else conv) for fused in (*FUSED_ACTIVATIONS, *FUSED_FIXED)),
     LoweringRule(op.ADD, _binary(elementwise.QAdd)),
     LoweringRule(op.MUL, _binary(elementwise.QMul)),
     LoweringRule(op.MAX_POOL[1], max_pool2d),

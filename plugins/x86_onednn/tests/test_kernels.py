@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -194,7 +195,7 @@ def test_a_hard_sigmoid_in_its_convolution_ends_where_it_ends(unit: float):
 def test_a_mean_is_rounded_once(dims: tuple[int, ...] | int, keepdim: bool):
     x = torch.randn(3, 6, 5, 4)
     models = make(One(lambda m, x: F.relu(m.a(x)).mean(dims, keepdim) * 1.0, a=nn.Conv2d(6, 6, 1)), x)
-    assert kernel_names(models[1])[1] == "sum in float"
+    assert kernel_names(models[1])[1] == "mean as a sum in float"
     assert steps(models, x) <= 1.01 and steps(models, torch.randn(2, 6, 3, 7)) <= 1.01
     assert models[1](torch.randn(2, 6, 3, 7)).shape == torch.empty(2, 6, 3, 7).mean(dims, keepdim).shape
 
@@ -219,6 +220,42 @@ READ_ELSEWHERE = {
     "returned": lambda m, y: torch.cat([m.b(y) + y, y], 1),
     "through a view": lambda m, y: (m.b(y) + y) * y.reshape(y.shape),
 }
+
+
+def test_a_residual_of_another_shape_than_the_examples():
+    context = One(
+        lambda m, x: m.e(F.relu(m.c(x)) + m.d(F.relu(m.c(x)).mean((-2, -1), keepdim=True))),
+        c=nn.Conv2d(3, 8, 3, stride=2, padding=1), d=nn.Conv2d(8, 8, 1), e=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    models = make(context, torch.randn(8, 3, 2, 2))
+    assert "onednn::qconv2d_pointwise + sum" in kernel_names(models[1])
+    for shape in ((8, 3, 2, 2), (1, 3, 4, 4), (2, 3, 5, 9), (3, 7, 3)):
+        assert steps(models, torch.randn(shape)) <= 2.01
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.Hardtanh(-0.2, 0.3)], ids=str)
+def test_a_residual_of_another_rank_than_the_examples(activation: nn.Module):
+    model = Two(lambda m, x, y: m.e(m.a(m.c(x) + y)), c=nn.Conv2d(3, 8, 1), a=activation, e=nn.Conv2d(8, 4, 1))
+    models = make(model, torch.randn(2, 3, 4, 4), torch.randn(2, 8, 4, 4))
+    shapes = [((2, 3, 4, 4), (8, 4, 4)), ((3, 4, 4), (2, 8, 4, 4)), ((3, 4, 4), (8, 4, 4)), ((2, 3, 4, 4), (8, 1, 1))]
+    for x, y in shapes:
+        x, y = torch.randn(x), torch.randn(y)
+        assert models[1](x, y).shape == models[0](x, y).shape
+        assert steps(models, x, y) <= 2.01
+
+
+def test_threads_that_come_together_pack_no_more_than_there_is_room_for():
+    made: list[torch.Size] = []
+
+    def pack(shape: torch.Size) -> int:
+        made.append(shape)
+        time.sleep(0.02)
+        return len(made)
+
+    packed = kernels._by_shape(pack)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(packed, [torch.zeros(1 + number % 6) for number in range(12)]))
+    assert len(made) == len(set(made)) == kernels.MAX_SHAPES
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8)], ids=str)
