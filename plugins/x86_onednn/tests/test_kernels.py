@@ -200,6 +200,19 @@ def test_a_mean_is_rounded_once(dims: tuple[int, ...] | int, keepdim: bool):
     assert models[1](torch.randn(2, 6, 3, 7)).shape == torch.empty(2, 6, 3, 7).mean(dims, keepdim).shape
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 17)], ids=str)
+def test_an_image_is_interleaved_as_it_is_rounded(channels: int, shape: tuple[int, int]):
+    quantize = kernels.Quantize(QParams(0.02, 114, 0, 200, torch.uint8))
+    for batch in (0, 1, 3):
+        x = torch.randn(batch, channels, *shape)
+        expected = (x / 0.02).round().add(114).clamp(0, 200).to(torch.uint8)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = quantize(x.contiguous(memory_format=layout))
+            assert torch.equal(found, expected)
+            assert not 2 <= channels <= 4 or not batch or found.is_contiguous(memory_format=torch.channels_last)
+
+
 def _residual(before: Callable[..., Tensor]) -> One:
     channels = 5
     return One(before, a=nn.Conv2d(channels, channels, 1), b=nn.Conv2d(channels, channels, 3, padding=1))
