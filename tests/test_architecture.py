@@ -125,7 +125,7 @@ def layer(path):
         ("qconfig_mapping.py",),
         ("quantization_plan.py",),
         ("fx/",),
-        ("lowering.py", "lookup.py", "calibration.py"),
+        ("lowering.py", "lookup.py", "broadcast.py", "calibration.py"),
         ("plugins/",),
         ("quantize_fx.py",),
         ("__init__.py", "testing/"),

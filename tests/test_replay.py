@@ -3,6 +3,10 @@
 import copy
 import inspect
 import io
+import os
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -407,6 +411,34 @@ def test_unknown_modules_run_from_python() -> None:
     executor = Executor(module, type(module).forward)
     for value in range(5):
         assert executor(torch.full((1,), float(value))).item() == 2 * value
+
+
+FAULTS = """
+import resource, torch
+from qcore.replay.memory import keep_freed_memory
+{first}
+def use():
+    blocks = [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(4)]
+for _ in range(3):
+    use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+def test_freed_memory_is_kept_for_the_next_call() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(first=first)], env=environment, capture_output=True,
+                           text=True, check=True).stdout)
+        for first in ("", "keep_freed_memory()")
+    ]  # fmt: skip
+    if faults[0] < 5000:  # 40 MiB are 10,240 pages.
+        pytest.skip("this C library keeps it by itself")
+    assert faults[1] < 500
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.nn.modules import module as _torch_module
 from torch.utils._pytree import tree_leaves
 
 from qcore.replay import torchscript
+from qcore.replay.memory import keep_freed_memory
 from qcore.replay.recording import NotReplayableError, Recording, record
 from qcore.replay.straight_line import as_function
 
@@ -175,6 +176,7 @@ class Executor:
 
         program = _proven(recording, result, tensors, again)
         if program is not None:
+            keep_freed_memory()
             programs[form] = program
         return result
 

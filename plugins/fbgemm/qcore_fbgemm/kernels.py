@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcore.broadcast import factors
 from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 
 ENGINE = "fbgemm"
@@ -348,8 +349,7 @@ class QMul(KernelModule):
         scale, zero_point = self.qparams("output")
 
         def run(a: Tensor, b: Tensor) -> Tensor:
-            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
-            y: Tensor = mul(*((a, b) if a.numel() >= b.numel() else (b, a)), scale, zero_point)
+            y: Tensor = mul(*factors(a, b), scale, zero_point)
             return y
 
         return _bounded(run, self.bounds)

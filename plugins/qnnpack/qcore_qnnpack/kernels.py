@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcore.broadcast import factors
 from qcore.lookup import LookupKernel
 from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 
@@ -320,8 +321,7 @@ class QMul(KernelModule):
         scale, zero_point = self.qparams("output")
 
         def run(a: Tensor, b: Tensor) -> Tensor:
-            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
-            y: Tensor = mul(*((a, b) if a.numel() >= b.numel() else (b, a)), scale, zero_point)
+            y: Tensor = mul(*factors(a, b), scale, zero_point)
             return y
 
         return _bounded(run, self.bounds)

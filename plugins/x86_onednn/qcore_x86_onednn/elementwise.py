@@ -63,14 +63,7 @@ class QMul(_Binary):
         if not kernels.has_quantized():
             return self.in_float(torch.mul)
         first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
-
-        def run(a: Tensor, b: Tensor) -> Tensor:
-            # The first one's layout becomes the result's; of a scale for each channel it would be the wrong one.
-            if a.numel() >= b.numel():
-                return kernels.mul(a, b, first, second, output)
-            return kernels.mul(b, a, second, first, output)
-
-        return kernels.bounded(run, self.bounds)
+        return kernels.bounded(lambda a, b: kernels.mul(a, b, first, second, output), self.bounds)
 
 
 class QMean(KernelModule):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore import ops
+from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError
 from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore_x86_onednn.engines import engine_of_conv, limits
@@ -181,13 +182,10 @@ def add(
 def mul(
     a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
 ) -> Tensor:
-    """A product of a tensor and another that broadcasts to it; the qparams are scales and zero points."""
-    factor = as_quantized(b, *b_qparams)
-    channels = a.shape[1] if a.dim() == 4 and b.shape == (*a.shape[:2], 1, 1) else 0
-    if channels % 64 * 16 > channels:
-        # Of each pixel's channels the kernel takes 64 at a time and the rest one by one, unless it needn't broadcast.
-        factor = factor.expand(a.shape).contiguous(memory_format=torch.channels_last)
-    return as_plain(torch.ops.quantized.mul.default(as_quantized(a, *a_qparams), factor, *qparams))
+    """A product of two tensors that broadcast; the qparams are scales and zero points."""
+    return as_plain(
+        torch.ops.quantized.mul.default(*factors(as_quantized(a, *a_qparams), as_quantized(b, *b_qparams)), *qparams)
+    )
 
 
 class Quantize(KernelModule):
