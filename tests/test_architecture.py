@@ -163,7 +163,7 @@ def test_the_public_surface_is_sorted_and_complete():
     assert qcore.__all__ == sorted(qcore.__all__)
     for name in qcore.__all__:
         assert getattr(qcore, name) is not None
-    modules = {"backend_config", "calibration", "dtypes", "errors", "fx", "lookup", "lowering", "observer"}
+    modules = {"backend_config", "broadcast", "calibration", "dtypes", "errors", "fx", "lookup", "lowering", "observer"}
     modules |= {"ops", "plugins", "qconfig", "qconfig_mapping", "quantization_plan", "quantize_fx", "replay", "testing"}
     public = {name for name in vars(qcore) if not name.startswith("_")}
     assert public - modules == set(qcore.__all__) - {"__version__"}
