@@ -442,6 +442,20 @@ def test_freed_memory_is_kept_for_the_next_call() -> None:
 
 
 @torch.no_grad()
+def test_memory_is_kept_from_the_first_recording_on(
+    scaled: tuple[Executor, Scale], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(executor_module, "keep_freed_memory", lambda: kept.append(True))
+    executor, _ = scaled
+    x = torch.randn(2, 3)
+    executor(x)
+    assert not kept
+    executor(x)
+    assert kept and executor.replayed_forms == 1
+
+
+@torch.no_grad()
 def test_a_call_is_recorded_only_when_the_first_of_its_form_is_over() -> None:
     """Before that, kernels may still be packing, which can't be recorded."""
     entered, may_go_on = threading.Event(), threading.Event()

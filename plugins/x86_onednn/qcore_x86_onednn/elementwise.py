@@ -86,12 +86,8 @@ class QMean(KernelModule):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
-        dims, keepdim, input, (scale, zero_point) = (
-            self.dims,
-            self.keepdim,
-            self.qparams("input"),
-            self.qparams("output"),
-        )
+        dims, keepdim = self.dims, self.keepdim
+        input, (scale, zero_point) = self.qparams("input"), self.qparams("output")
 
         def run(x: Tensor) -> Tensor:
             size = max(1, math.prod(x.shape[dim] for dim in dims))
