@@ -96,15 +96,23 @@ class QGraphModule(fx.GraphModule):
         forward = type(self).forward
         if forward is vars(self).get("_replayed"):
             return
-        from qcore.replay.executor import Executor  # Here, as whoever converts nothing needn't wait for it.
+        from qcore.replay.executor import NOTHING, Executor  # Here, as whoever converts nothing needn't wait for it.
 
-        vars(self)["_executor"] = Executor(self, forward)
+        executor = vars(self)["_executor"] = Executor(self, forward)
 
         @functools.wraps(forward)  # Whoever asks for the signature, or traces the code, finds that.
         def replayed(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-            return vars(self)["_executor"](*args, **kwargs)
+            return executor(*args, **kwargs)
 
         type(self).forward = vars(self)["_replayed"] = replayed
+        call = vars(self)["_call"] = type(self).__call__
+
+        def called(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
+            # The way through torch's own call takes as long as all that a replay looks at.
+            found = executor.replay(args, kwargs)
+            return call(self, *args, **kwargs) if found is NOTHING else found
+
+        type(self).__call__ = called  # type: ignore[method-assign]
 
     @staticmethod
     def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":

@@ -28,13 +28,26 @@ from qcore.replay.straight_line import as_function
 #: as some ten calls, so with ever new forms it wouldn't pay to let old ones go.
 MAX_FORMS = 16
 
+_STRIDED = torch.strided
 _LITERALS = (type(None), bool, int, float, str)
 _LIBRARIES = frozenset(("torch", "_operator", "math", "builtins", "qcore"))
 #: Methods that hand data to Python without an operator that a recording would see.
 _READ_DATA = frozenset(("tolist", "numpy", "data_ptr", "untyped_storage", "storage"))
 
-_of_thread = threading.local()
+#: What :meth:`Executor.replay` gives where there is nothing to replay.
+NOTHING = object()
+
 _generation = 0
+#: Threads that run models as they are written. (A set: to ask for an attribute of a thread takes ten times as long.)
+_as_written: set[int] = set()
+
+# By name at each call they cost some microseconds more: after a network's kernels nothing of Python is in the caches.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_autocasts = torch._C._is_any_autocast_enabled
 
 
 def look_again() -> None:
@@ -46,12 +59,14 @@ def look_again() -> None:
 @contextmanager
 def as_written() -> Iterator[None]:
     """Within this, converted models of this thread run operator by operator from Python: to debug, or to compare."""
-    before = getattr(_of_thread, "as_written", False)
-    _of_thread.as_written = True
+    thread = threading.get_ident()
+    is_outermost = thread not in _as_written
+    _as_written.add(thread)
     try:
         yield
     finally:
-        _of_thread.as_written = before
+        if is_outermost:
+            _as_written.remove(thread)
 
 
 @dataclass(frozen=True)
@@ -93,20 +108,32 @@ class Executor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
-        if _is_somebody_watching():
+        found = self.replay(args, kwargs)
+        if found is not NOTHING:
+            return found
+        form, tensors = self.form(args, kwargs)
+        if form is None or form in self.programs:
             return self.forward(self.module, *args, **kwargs)
-        self.look()
-        tensors: list[Tensor] = []
-        form = _form_of_call(args, kwargs, tensors) if self.is_replayable and not any(self.hooks) else None
-        if form is None:
-            return self.forward(self.module, *args, **kwargs)
+        return self.run_unknown(form, args, kwargs, tensors)
+
+    def replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's result, if there is a recording of such a call, else ``NOTHING``."""
+        form, tensors = self.form(args, kwargs)
         program = self.programs.get(form)
-        if program is None:
-            return self.run_unknown(form, args, kwargs, tensors)
-        if program.requires_grad and torch.is_grad_enabled():
-            return self.forward(self.module, *args, **kwargs)
+        if program is None or (program.requires_grad and torch.is_grad_enabled()):
+            return NOTHING
         found = program.run(*tensors)
         return found[0] if program.is_single else program.recording.result(found)
+
+    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """The form of a call, ``None`` if it can only run as it is written; and the call's tensors."""
+        tensors: list[Tensor] = []
+        if _is_somebody_watching():
+            return None, tensors
+        self.look()
+        if not self.is_replayable or any(self.hooks):
+            return None, tensors
+        return _form_of_call(args, kwargs, tensors), tensors
 
     def look(self) -> None:
         """Drop the recordings if the module isn't what it was."""
@@ -159,7 +186,7 @@ class Executor:
                 seen.clear()
             seen.add(form)  # Not before: a call in another thread would be recorded while kernels are still packed.
             return result
-        if is_full or form in programs or _needs_grad(tensors):
+        if is_full or form in programs or _needs_grad(tensors) or any(tensor.is_quantized for tensor in tensors):
             return self.forward(self.module, *args, **kwargs)
         programs[form] = None  # Until it is proven, and for good if it isn't.
         try:
@@ -187,6 +214,9 @@ class _UnknownFormError(Exception):
 
 def _form_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
     """What must be the same for a recording to hold, or ``None``; collects the tensors."""
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].layout is _STRIDED:
+        tensors.append(args[0])  # Most calls are such.
+        return _form_of_tensor(args[0])
     try:
         form = _form((args, kwargs) if kwargs else args, tensors)
     except _UnknownFormError:
@@ -198,10 +228,10 @@ def _form_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[T
 def _form(value: Any, tensors: list[Tensor]) -> Any:
     kind = type(value)
     if kind is Tensor or kind is nn.Parameter:
-        if value.layout is not torch.strided or value.is_quantized:
+        if value.layout is not _STRIDED:
             raise _UnknownFormError
         tensors.append(value)
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        return _form_of_tensor(value)
     if kind is tuple or kind is list:
         return kind, tuple([_form(entry, tensors) for entry in value])
     if kind is dict:
@@ -211,16 +241,20 @@ def _form(value: Any, tensors: list[Tensor]) -> Any:
     raise _UnknownFormError
 
 
+def _form_of_tensor(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
 def _is_somebody_watching() -> bool:
     """Whether this call is traced, transformed, compiled, or runs under a mode that sees each operator."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
-        or getattr(_of_thread, "as_written", False)
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or _tracing() is not None
+        or _autocasts()
+        or (_as_written and threading.get_ident() in _as_written)
     )
 
 

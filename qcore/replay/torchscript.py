@@ -94,14 +94,16 @@ def _graph(
     for value in inputs:
         builder.add_input(value)
     used = dict.fromkeys((*(value for call in calls for value in values_read(call)), *results))
-    # As inputs, too: a constant of the graph could be folded into others, and a weight may be loaded anew.
     own = [(value, constants[value]) for value in used if value in constants]
     for value, constant in own:
-        builder.add_input(value, constant)
+        if isinstance(constant, torch.ScriptObject):  # A packed weight, which never changes.
+            builder.values[value] = builder.constant(constant)
+        else:  # As constants of the graph, tensors could be folded into others, but a weight may be loaded anew.
+            builder.add_input(value)
     for call in calls:
         builder.add_call(call)
     function = builder.finish(results)
-    tensors = tuple(constant for _, constant in own)
+    tensors = tuple(constant for _, constant in own if isinstance(constant, Tensor))
     return lambda *given: function(*given, *tensors)
 
 
@@ -110,10 +112,8 @@ class _Builder:
         self.graph: Any = torch._C.Graph()
         self.values: dict[Value, torch._C.Value] = {}
 
-    def add_input(self, value: Value, constant: Any = None) -> None:
-        made = self.values[value] = self.graph.addInput()
-        if isinstance(constant, torch.ScriptObject):
-            made.setType(constant._type())
+    def add_input(self, value: Value) -> None:
+        self.values[value] = self.graph.addInput()
 
     def add_call(self, call: Call) -> None:
         schema = call.operator._schema

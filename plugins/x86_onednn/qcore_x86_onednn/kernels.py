@@ -434,10 +434,10 @@ class QConv(_Weighted):
             return "onednn"
         return engine_of_conv(self.weight, self.geometry, self.input_max, shape, has_vnni())
 
-    def _packed_of_engine(self, shape: torch.Size) -> Any:
+    def _packed_of_engine(self, shape: torch.Size, bias: Tensor | None) -> Any:
         """What the engine's kernels take; it prepares its kernel for the first shape that it meets."""
         with _engine(self.engine(shape)):
-            return _QUANTIZED.conv2d_prepack(self.quantized_weight(), self.bias, *self._geometry())
+            return _QUANTIZED.conv2d_prepack(self.quantized_weight(), bias, *self._geometry())
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
@@ -446,8 +446,9 @@ class QConv(_Weighted):
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
-        input, output, packed = self.qparams("input"), self.qparams("output"), _by_shape(self._packed_of_engine)
-        return lambda x: as_plain(kernel(as_quantized(x, *input), packed(x), *output))
+        scale, zero_point, bias = self.input_arguments()
+        output, packed = self.qparams("output"), _by_shape(lambda shape: self._packed_of_engine(shape, bias))
+        return lambda x: as_plain(kernel(as_quantized(x, scale, zero_point), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
         kernel = getattr(_ONEDNN, f"qconv{self.dimensions}d_pointwise").default
