@@ -3,12 +3,14 @@
 import copy
 import inspect
 import io
+import logging
 import os
 import platform
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from qcore.lowering import KernelModule
@@ -675,3 +678,87 @@ def test_a_converted_model_replays_and_survives_copies(tmp_path: Any) -> None:
         with torch.no_grad():
             for _ in range(4):
                 assert torch.equal(model(x), wanted)
+
+
+@pytest.fixture
+def converted() -> tuple[nn.Module, Tensor, Tensor]:
+    """A converted model with a recording for an input, that input, and the result."""
+    import qcore
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(), (x,))
+    qcore.calibrate(prepared, [x])
+    found = qcore.convert_fx(prepared)
+    with torch.no_grad():
+        for _ in range(3):
+            result = found(x)
+    assert found.replayed_forms == 1
+    return found, x, result
+
+
+@torch.no_grad()
+def test_a_replayed_model_is_a_module_like_any_other(converted: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """A replay doesn't go through ``nn.Module.__call__``; whatever that would do still happens."""
+    model, x, result = converted
+    with model.register_forward_hook(lambda module, args, output: output + 1):
+        assert torch.equal(model(x), result + 1)
+    with model.register_forward_pre_hook(lambda module, args: (args[0] * 0,)):
+        assert torch.equal(model(x), model.forward(x * 0))
+    seen: list[nn.Module] = []
+    with register_module_forward_hook(lambda module, args, output: seen.append(module)):
+        model(x)
+    assert model in seen and len(seen) > 1
+    assert torch.equal(model(input=x), result)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        model()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner: Tensor = self.inner(x)
+            return inner
+
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return True
+
+    assert [node.target for node in Leaves().trace(Outer()).nodes] == ["x", "inner", "output"]
+
+
+@torch.no_grad()
+def test_a_compiled_model_runs_what_was_compiled(converted: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, result = converted
+    graphs: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._logging.set_logs(dynamo=logging.CRITICAL)  # Of quantized tensors it says that it can't take them.
+    try:
+        model.compile(backend=backend)
+        assert torch.equal(model(x), result)
+    finally:
+        torch._logging.set_logs()
+        torch._dynamo.reset()
+    assert graphs
+
+
+def test_each_thread_runs_models_as_it_wants(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    executor, kernel = scaled
+    x = torch.randn(2, 3)
+
+    def runs() -> int:
+        with torch.no_grad():
+            return python_runs(executor, kernel, x)
+
+    with as_written(), ThreadPoolExecutor(1) as pool:
+        with as_written():
+            assert pool.submit(runs).result() == 0
+        assert runs() == 1
+    assert runs() == 0

@@ -99,20 +99,24 @@ class QGraphModule(fx.GraphModule):
         from qcore.replay.executor import NOTHING, Executor  # Here, as whoever converts nothing needn't wait for it.
 
         executor = vars(self)["_executor"] = Executor(self, forward)
+        call = vars(self)["_call"] = type(self).__call__
 
         @functools.wraps(forward)  # Whoever asks for the signature, or traces the code, finds that.
         def replayed(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
             return executor(*args, **kwargs)
 
-        type(self).forward = vars(self)["_replayed"] = replayed
-        call = vars(self)["_call"] = type(self).__call__
-
         def called(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-            # The way through torch's own call takes as long as all that a replay looks at.
+            # The way through torch's own call takes as long as all that is looked at before a replay.
             found = executor.replay(args, kwargs)
             return call(self, *args, **kwargs) if found is NOTHING else found
 
+        type(self).forward = vars(self)["_replayed"] = replayed
         type(self).__call__ = called  # type: ignore[method-assign]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As any module's; calls then take torch's own way, which leads to what was compiled."""
+        super().compile(*args, **kwargs)
+        type(self).__call__ = vars(self).get("_call", type(self).__call__)  # type: ignore[method-assign]
 
     @staticmethod
     def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
