@@ -9,7 +9,8 @@
     │   ├── ExampleInputsError            the model doesn't run on the example inputs
     │   ├── TraceError                    the model can't be traced; names the submodule and the source line
     │   ├── NothingToQuantizeError        no operator of the model can be quantized as asked
-    │   └── GuardError                    a call in another form than the one that was traced
+    │   ├── GuardError                    a call in another form than the one that was traced
+    │   └── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
     ├── CalibrationError                  an observer that saw no data
     ├── BackendError
     │   ├── BackendNotFoundError          no installed plugin has that name
@@ -92,6 +93,10 @@ class NothingToQuantizeError(ModelError):
 
 class GuardError(ModelError):
     """A call with other constants, containers or sizes than those that the model was prepared for."""
+
+
+class ShapeError(ModelError, RuntimeError):
+    """A kernel is given a tensor of another rank, or with another number of channels, than its weight is for."""
 
 
 class CalibrationError(QcoreError):

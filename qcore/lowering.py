@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from qcore import ops
 from qcore.backend_config import Pattern
+from qcore.errors import ShapeError
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
@@ -202,11 +203,26 @@ class KernelModule(nn.Module):
         look_again()
 
 
-def with_batch(run: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
-    """``run``, whose kernel takes batches only, on inputs of ``rank`` or more dimensions or of one without batch."""
+def with_batch(run: Callable[..., Tensor], rank: int, width: int) -> Callable[..., Tensor]:
+    """``run``, whose kernel takes batches only, on inputs with a batch or without.
+
+    Args:
+        run: the kernel, which need not look at the shape of its first input: some read on behind a smaller one.
+        rank: of an input with a batch, (batch, channels, ...); an input of a linear layer, rank 2, may have more.
+        width: the channels.
+
+    Raises:
+        ShapeError: when called with an input of another rank or width.
+    """
 
     def batched(*inputs: Tensor) -> Tensor:
-        return run(*inputs) if inputs[0].dim() >= rank else run(*[x.unsqueeze(0) for x in inputs]).squeeze(0)
+        shape = inputs[0].shape
+        if len(shape) < rank - 1 or (len(shape) > rank > 2) or shape[1 - rank] != width:
+            wanted = f"(..., {width})" if rank == 2 else f"([batch,] {width}{', size' * (rank - 2)})"
+            raise ShapeError(
+                f"expected a tensor of shape {wanted} as the model was prepared with, found {tuple(shape)}"
+            )
+        return run(*inputs) if len(shape) >= rank else run(*[x.unsqueeze(0) for x in inputs]).squeeze(0)
 
     return batched
 

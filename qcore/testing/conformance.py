@@ -160,6 +160,19 @@ class BackendConformance:
         _, converted = self.make(case)
         assert converted(*inputs).shape == expected.shape
 
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_a_shape_that_the_float_model_refuses_is_refused(self, case: Case) -> None:
+        """A kernel that reads on behind its input would give a result of whatever lies there."""
+        model, inputs = case.build().eval(), case.inputs(2)
+        _, converted = self.make(case)
+        for dim in (1, -1):
+            wrong = [torch.cat([x, x.narrow(min(dim, x.dim() - 1), 0, 1)], min(dim, x.dim() - 1)) for x in inputs]
+            try:
+                model(*wrong)
+            except RuntimeError:
+                with pytest.raises(RuntimeError), torch.no_grad():
+                    converted(*wrong)
+
     @pytest.mark.parametrize("weight", _WEIGHT_OBSERVERS)
     @pytest.mark.parametrize("case", EXTREME_CASES, ids=lambda case: case.name)
     def test_nothing_saturates_at_the_ends_of_the_ranges(self, case: Case, weight: str) -> None:

@@ -175,7 +175,8 @@ class QConv(_Weighted):
             return y
 
         batched = run if extended is None else _sliced(run, *extended)
-        return _bounded(with_batch(batched, dimensions + 2), self.bounds)
+        width = self.weight.shape[1] * self.geometry[3]
+        return _bounded(with_batch(batched, dimensions + 2, width), self.bounds)
 
     def _with_usual_padding(self) -> tuple[tuple[Any, ...], tuple[list[int], list[int], list[int], list[int]] | None]:
         """A 2d depthwise convolution without padding, as one with half its kernel's size, of which a part is kept.
@@ -233,7 +234,8 @@ class QConvTranspose(_Weighted):
             packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
-        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+        run = with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2, self.weight.shape[0])
+        return _bounded(run, self.bounds)
 
 
 class QLinear(_Weighted):
@@ -250,7 +252,8 @@ class QLinear(_Weighted):
             packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
-        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
+        run = with_batch(lambda x: kernel(x, packed, scale, zero_point), 2, self.weight.shape[1])
+        return _bounded(run, self.bounds)
 
 
 class QLinearToFloat(WeightKernel):
@@ -276,7 +279,7 @@ class QLinearToFloat(WeightKernel):
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_with_input_q_dq_qweight_dq_output_fp32.default
         scale, zero_point = self.qparams("input")
-        return with_batch(lambda x: kernel(x.dequantize(), scale, zero_point, packed), 2)
+        return with_batch(lambda x: kernel(x.dequantize(), scale, zero_point, packed), 2, self.weight.shape[1])
 
 
 class QDynamicLinear(WeightKernel):
@@ -296,7 +299,7 @@ class QDynamicLinear(WeightKernel):
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return with_batch(lambda x: kernel(x, packed), 2)
+        return with_batch(lambda x: kernel(x, packed), 2, self.weight.shape[1])
 
 
 class QAdd(KernelModule):

@@ -189,9 +189,8 @@ class QConv(_Weighted):
         kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
-        return _bounded(
-            with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2), self.bounds
-        )
+        run, width = lambda x: overload(_channels_last(x), packed, scale, zero_point), self.weight.shape[1]
+        return _bounded(with_batch(run, dimensions + 2, width * self.geometry[3]), self.bounds)
 
 
 class QConvTranspose(_Weighted):
@@ -229,7 +228,8 @@ class QConvTranspose(_Weighted):
             packed = prepack(self.quantized_weight(), self.bias, *self.geometry)
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
-        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2), self.bounds)
+        run = with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2, self.weight.shape[0])
+        return _bounded(run, self.bounds)
 
 
 class QLinear(_Weighted):
@@ -246,7 +246,8 @@ class QLinear(_Weighted):
             packed = _LIBRARY.linear_prepack(self.quantized_weight(), self.bias)
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
-        return _bounded(with_batch(lambda x: kernel(x, packed, scale, zero_point), 2), self.bounds)
+        run = with_batch(lambda x: kernel(x, packed, scale, zero_point), 2, self.weight.shape[1])
+        return _bounded(run, self.bounds)
 
 
 class QDynamicLinear(WeightKernel):
@@ -266,7 +267,7 @@ class QDynamicLinear(WeightKernel):
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return with_batch(lambda x: kernel(x, packed), 2)
+        return with_batch(lambda x: kernel(x, packed), 2, self.weight.shape[1])
 
 
 class QAdd(KernelModule):

@@ -32,9 +32,9 @@ class Limits:
 
 #: 1 to 64 rows take 0.25 to 0.8 of oneDNN's time, 128 take 0.85 to 0.95, thousands 1.1.
 WITHOUT_VNNI = Limits(rows=128, rows_then_float=16, pixels=16, results=math.inf)
-#: One row takes 0.6 of oneDNN's time, 16 take 0.8 to 0.95. One pixel takes 0.7, 7x7 to 28x28 up to this many results
-#: 0.85 to 1.
-WITH_VNNI = Limits(rows=16, rows_then_float=1, pixels=math.inf, results=40_000)
+#: One row takes 0.6 of oneDNN's time, 16 take 0.8 to 0.95. One pixel takes 0.4 to 0.55 in a replay, 7x7 and 14x14 up to
+#: this many results 0.85 to 1.1, 28x28 with some more 1.15 to 1.35.
+WITH_VNNI = Limits(rows=16, rows_then_float=1, pixels=math.inf, results=22_000)
 
 
 def limits(has_vnni: bool) -> Limits:

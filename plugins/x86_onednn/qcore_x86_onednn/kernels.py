@@ -22,6 +22,7 @@ from qcore import ops
 from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError
 from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
 from qcore_x86_onednn.integers import merge_groups
 from qcore_x86_onednn.observers import largest_sum
@@ -56,8 +57,6 @@ if _HAS_QUANTIZED:
 
 #: Stride, padding, dilation and groups of a convolution that says nothing of them.
 _NO_GEOMETRY = ([1, 1], [0, 0], [1, 1], 1)
-#: For how many input shapes a convolution's weight is packed; further ones share the first one's.
-MAX_SHAPES = 4
 
 
 def missing_kernels() -> list[str]:
@@ -387,6 +386,11 @@ class QConv(_Weighted):
         self.merged = merged
 
     @property
+    def width(self) -> int:
+        """How many channels the input has."""
+        return int(self.weight.shape[1]) * self.geometry[3]
+
+    @property
     def pads(self) -> bool:
         """Whether there is any padding."""
         return any(self.geometry[1])
@@ -426,7 +430,7 @@ class QConv(_Weighted):
             packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, scale, zero_point, *geometry)
             return scale, zero_point, packed, self.weight_scale, zero_points
 
-        return _by_shape(pack), bias
+        return by_shape(pack), bias
 
     def engine(self, shape: torch.Size) -> str:
         """The engine whose kernel is the fastest for an input shape."""
@@ -442,12 +446,12 @@ class QConv(_Weighted):
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
         run = self._run_of_engine() if self.has_quantized_kernel else self._run_of_plain()
-        return bounded(with_batch(run, self.dimensions + 2), self.bounds)
+        return bounded(with_batch(run, self.dimensions + 2, self.width), self.bounds)
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
         scale, zero_point, bias = self.input_arguments()
-        output, packed = self.qparams("output"), _by_shape(lambda shape: self._packed_of_engine(shape, bias))
+        output, packed = self.qparams("output"), by_shape(lambda shape: self._packed_of_engine(shape, bias))
         return lambda x: as_plain(kernel(as_quantized(x, scale, zero_point), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
@@ -490,7 +494,8 @@ class QConvAdd(QConv):
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; another computation where it would have to broadcast."""
-        in_kernel, in_float = with_batch(self._run_of_plain(), 4), functools.cache(self._run_in_float)
+        in_kernel = with_batch(self._run_of_plain(), 4, self.width)
+        in_float = functools.cache(self._run_in_float)
 
         def run(x: Tensor, other: Tensor) -> Tensor:
             # The examples had one shape; an input of another size may leave another.
@@ -509,7 +514,7 @@ class QConvAdd(QConv):
         kernel = _ONEDNN.qconv2d_pointwise.default
         constants, bias = self._constants()
         arguments = (bias, *self._geometry(), 1.0, 0, torch.float32, "none", [], "")
-        convolved = with_batch(lambda x: kernel(x, *constants(x), *arguments), 4)
+        convolved = with_batch(lambda x: kernel(x, *constants(x), *arguments), 4, self.width)
         other_qparams, output = self.qparams("other"), self.qparams("output")
         activation = torch.relu if self.activation[0] == "relu" else torch.positive
 
@@ -560,7 +565,7 @@ class QLinear(_Weighted):
                 return torch.empty((*x.shape[:-1], width), dtype=dtype)  # The kernels forget leading dimensions.
             return (on_fbgemm if x.numel() <= most_rows * inputs else on_onednn)()(x)
 
-        return bounded(run, self.bounds)
+        return bounded(with_batch(run, 2, inputs), self.bounds)
 
     def _run_of_engine(self, name: str = "fbgemm") -> Callable[[Tensor], Tensor]:
         with _engine(name):
@@ -568,7 +573,7 @@ class QLinear(_Weighted):
         input, (scale, zero_point, dtype) = self.qparams("input"), self.output_arguments()
         if dtype == torch.uint8 and self.is_bare:
             kernel = getattr(_QUANTIZED, f"linear{self.relu}").default
-            return with_batch(lambda x: as_plain(kernel(as_quantized(x, *input), packed, scale, zero_point)), 2)
+            return lambda x: as_plain(kernel(as_quantized(x, *input), packed, scale, zero_point))
         to_float = _QUANTIZED.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
         def run(x: Tensor) -> Tensor:
@@ -576,7 +581,7 @@ class QLinear(_Weighted):
             y = self._in_float(to_float(dequantize(x, *input), *input, packed))
             return y if dtype == torch.float32 else quantize(y, scale, zero_point)
 
-        return with_batch(run, 2)
+        return run
 
     def _in_float(self, x: Tensor) -> Tensor:
         """The activation."""
@@ -611,7 +616,7 @@ class QDynamicLinear(WeightKernel):
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int32)
         tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
         constants = (packed, self.weight_scale, zero_points, self.bias, *tail)
-        width = self.weight.shape[0]
+        width, inputs = self.weight.shape
 
         def run(x: Tensor) -> Tensor:
             if x.numel() == 0:
@@ -621,7 +626,7 @@ class QDynamicLinear(WeightKernel):
             y: Tensor = kernel(integers, scale, zero_point, *constants)
             return y
 
-        return run
+        return with_batch(run, 2, inputs)
 
 
 class QMaxPool2d(KernelModule):
@@ -645,23 +650,6 @@ class QMaxPool2d(KernelModule):
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)
         return lambda x: torch.max_pool2d(x.to(torch.float32), *geometry).to(torch.uint8)
-
-
-def _by_shape(pack: Callable[[torch.Size], Any]) -> Callable[[Tensor], Any]:
-    """What is packed for an input's shape.
-
-    For other shapes oneDNN may prefer other layouts, and a call that meets the wrong one reorders the whole weight.
-    """
-    packed: dict[torch.Size, Any] = {}
-
-    def of(x: Tensor) -> Any:
-        if x.shape not in packed and len(packed) < MAX_SHAPES:
-            with PACKING:  # Threads that come together pack no shape twice, and no more shapes.
-                if x.shape not in packed and len(packed) < MAX_SHAPES:
-                    packed[x.shape] = pack(x.shape)
-        return packed[x.shape] if x.shape in packed else next(iter(packed.values()))
-
-    return of
 
 
 def bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:

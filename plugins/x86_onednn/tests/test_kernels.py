@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from qcore_x86_onednn import kernels
+from qcore_x86_onednn.by_shape import MAX_SHAPES, by_shape
 from qcore_x86_onednn.plugin import qcore_backend_info, qcore_probe
 from torch import Tensor, nn
 
@@ -175,7 +176,7 @@ def test_depthwise_convolutions_go_where_they_are_fast_if_that_costs_little(
 def test_any_number_of_input_shapes(activation: nn.Module):
     models = make(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), activation, nn.Conv2d(6, 4, 1)), torch.randn(2, 4, 6, 6))
     for turn in range(2):
-        for size in range(1, kernels.MAX_SHAPES + 4):
+        for size in range(1, MAX_SHAPES + 4):
             assert steps(models, torch.randn(1 + turn, 4, size, 5)) <= 2.01
 
 
@@ -265,10 +266,10 @@ def test_threads_that_come_together_pack_no_more_than_there_is_room_for():
         time.sleep(0.02)
         return len(made)
 
-    packed = kernels._by_shape(pack)
+    packed = by_shape(pack)
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(packed, [torch.zeros(1 + number % 6) for number in range(12)]))
-    assert len(made) == len(set(made)) == kernels.MAX_SHAPES
+    assert len(made) == len(set(made)) == MAX_SHAPES
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8)], ids=str)
