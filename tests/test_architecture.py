@@ -125,7 +125,7 @@ def layer(path):
         ("qconfig_mapping.py",),
         ("quantization_plan.py",),
         ("fx/",),
-        ("lowering.py", "lookup.py", "broadcast.py", "calibration.py"),
+        ("kernel.py", "lowering.py", "lookup.py", "broadcast.py", "calibration.py"),
         ("plugins/",),
         ("quantize_fx.py",),
         ("__init__.py", "testing/"),
@@ -163,8 +163,9 @@ def test_the_public_surface_is_sorted_and_complete():
     assert qcore.__all__ == sorted(qcore.__all__)
     for name in qcore.__all__:
         assert getattr(qcore, name) is not None
-    modules = {"backend_config", "broadcast", "calibration", "dtypes", "errors", "fx", "lookup", "lowering", "observer"}
-    modules |= {"ops", "plugins", "qconfig", "qconfig_mapping", "quantization_plan", "quantize_fx", "replay", "testing"}
+    modules = {"backend_config", "broadcast", "calibration", "dtypes", "errors", "fx", "kernel", "lookup", "lowering"}
+    modules |= {"observer", "ops", "plugins", "qconfig", "qconfig_mapping", "quantization_plan", "quantize_fx"}
+    modules |= {"replay", "testing"}
     public = {name for name in vars(qcore) if not name.startswith("_")}
     assert public - modules == set(qcore.__all__) - {"__version__"}
 

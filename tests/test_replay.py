@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from qcore.lowering import KernelModule
+from qcore.kernel import KernelModule
 from qcore.replay import executor as executor_module
 from qcore.replay import torchscript
 from qcore.replay.executor import MAX_FORMS, Executor, as_written, look_again
@@ -295,6 +295,45 @@ def test_a_hook_is_called_although_there_is_a_recording(scaled: tuple[Executor, 
     handle.remove()
     with torch.no_grad():
         assert python_runs(*scaled, torch.ones(2, 3)) == 0
+
+
+def test_a_hook_before_a_kernel_changes_its_input(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    executor, kernel = scaled
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        wanted = executor(x * 2)
+        with kernel.register_forward_pre_hook(lambda module, args: (args[0] * 2,)):
+            assert torch.allclose(executor(x), wanted)
+        assert python_runs(executor, kernel, x) == 0
+
+
+@torch.no_grad()
+def test_weights_with_equal_values_are_not_one() -> None:
+    """TorchScript makes one of its constants with equal values; weights of float modules aren't such."""
+    executor, module = executed(nn.Sequential(nn.Linear(3, 3), Scale(1.0), nn.Linear(3, 3)).requires_grad_(False))
+    first, second = module.get_submodule("0"), module.get_submodule("2")
+    second.load_state_dict(first.state_dict())
+    without_effect(executor, module.get_submodule("1"))
+    second.weight.add_(1)
+    x = torch.randn(2, 3)
+    assert torch.allclose(executor(x), second(first(x)))
+    assert executor.replayed_forms == 1
+
+
+@torch.no_grad()
+def test_what_is_made_of_constants_is_made_at_each_call() -> None:
+    """Else the caller would write into the next call's result."""
+    table = torch.ones(3)
+    executor, _ = executed(nn.Sequential(nn.Linear(3, 3)))
+    executor.forward = lambda module, x: (x * table, torch.zeros(3) + table, table * 2)
+    x = torch.randn(2, 3)
+    for _ in range(5):
+        found = executor(x)
+        assert [part.tolist() for part in found[1:]] == [[1, 1, 1], [2, 2, 2]]
+        for part in found:
+            part.add_(1)
+    assert executor.replayed_forms == 1
 
 
 def test_gradients_flow(scaled: tuple[Executor, Scale]) -> None:

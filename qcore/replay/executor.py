@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -103,6 +104,8 @@ class Executor:
         self.programs: dict[Any, _Program | None] = {}
         self.seen: set[Any] = set()
         self.hooks: list[dict[Any, Any]] = []
+        self.kernel_hooks: list[dict[Any, Any]] = []
+        self.is_kernel_hooked = False
         self.state: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
         self.kernels: list[tuple[Any, object]] = []
 
@@ -131,7 +134,7 @@ class Executor:
         if _is_somebody_watching():
             return None, tensors
         self.look()
-        if not self.is_replayable or any(self.hooks):
+        if not self.is_replayable or self.has_hooks():
             return None, tensors
         return _form_of_call(args, kwargs, tensors), tensors
 
@@ -141,6 +144,7 @@ class Executor:
         if generation != self.generation:
             if self.generation < 0 or any(kernel.state_token is not token for kernel, token in self.kernels):
                 self.start_anew()
+            self.is_kernel_hooked = any(self.kernel_hooks)
             self.generation = generation
         if self.module.training is not self.training:
             self.start_anew()
@@ -148,6 +152,11 @@ class Executor:
             if len(registry) != len(values) or not all(map(is_, registry.values(), values)):
                 self.start_anew()
                 return
+
+    def has_hooks(self) -> bool:
+        """Whether any module has one. A kernel tells when it gets one, but not when it is rid of it."""
+        self.is_kernel_hooked = self.is_kernel_hooked and any(self.kernel_hooks)
+        return self.is_kernel_hooked or any(self.hooks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Executor":
         return self  # A copy of the module makes one of its own.
@@ -163,11 +172,12 @@ class Executor:
         # Others: a thread that records now must not write into what comes after.
         self.programs, self.seen = {}, set()
         self.is_replayable = _is_replayable(self.module)
-        self.hooks = [_torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks]
-        self.hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        # A kernel says itself when its state changes. Of whatever else there is, every attribute may count.
+        # A kernel says itself when its state or its hooks change. Of whatever else there is, every attribute may count.
         kernels = [module for module in modules if hasattr(module, "state_token")]
+        others = [module for module in modules if not hasattr(module, "state_token")]
         self.kernels = [(kernel, kernel.state_token) for kernel in kernels]
+        self.kernel_hooks, self.hooks = _hooks_of(kernels), _hooks_of(others)
+        self.hooks += [_torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks]
         registries: list[dict[str, Any]] = [module._modules for module in modules]
         for module in modules:
             if not hasattr(module, "replayable"):
@@ -201,7 +211,8 @@ class Executor:
             remaining = iter(tensors)
             return self.forward(self.module, *_with(args, remaining), **_with(kwargs, remaining))
 
-        program = _proven(recording, result, tensors, again)
+        live = [value for _, values in self.state for value in values if isinstance(value, Tensor)]
+        program = _proven(recording, result, tensors, again, live)
         if program is not None:
             keep_freed_memory()
             programs[form] = program
@@ -301,15 +312,25 @@ def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
     return value
 
 
+def _hooks_of(modules: list[nn.Module]) -> list[dict[Any, Any]]:
+    return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
+
 def _proven(
-    recording: Recording, expected: Any, tensors: list[Tensor], again: Callable[[list[Tensor]], Any]
+    recording: Recording,
+    expected: Any,
+    tensors: list[Tensor],
+    again: Callable[[list[Tensor]], Any],
+    live: list[Tensor],
 ) -> _Program | None:
     """The recording as a program, if it gives what the call gave, and what the model gives on other data.
 
     On other data, because memory that is used again may still hold the right result; and three times, because
     TorchScript goes on changing a graph until it has run twice.
     """
-    makers = [torchscript.as_torchscript] if torchscript.is_available() else []
+    makers: list[Callable[[Recording], Any]] = []
+    if torchscript.is_available():
+        makers.append(partial(torchscript.as_torchscript, live=live))
     constants = [constant for _, constant in recording.constants if isinstance(constant, Tensor)]
     requires_grad = any(tensor.requires_grad for tensor in (*tensors, *constants))
     others = [_witness(tensor.detach()) for tensor in tensors]

@@ -5,7 +5,7 @@ they are. Nothing is compiled from source: the graph is built, node by node, thr
 tracer uses. Where a torch doesn't have it any more, :mod:`qcore.replay.straight_line` does the same in Python.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,21 @@ def is_available() -> bool:
     return hasattr(torch._C, "Graph") and hasattr(torch._C, "_create_function_from_graph")
 
 
-def as_torchscript(recording: Recording) -> Function:
+def as_torchscript(recording: Recording, live: Sequence[Tensor] = ()) -> Function:
     """A function of the recording's inputs that gives its result's tensors.
+
+    Args:
+        recording: of a call.
+        live: tensors that may be written into between calls.
 
     Raises:
         NotReplayableError: TorchScript doesn't know one of the operators, or can't take an argument.
     """
     constants = dict(recording.constants)
+    fixed = _fixed(recording, constants, live)
     if len(recording.calls) <= MAX_CALLS:
-        return _graph(recording.calls, recording.inputs, constants, recording.results)
-    stretches = _stretches(recording, constants)
+        return _graph(recording.calls, recording.inputs, constants, fixed, recording.results)
+    stretches = _stretches(recording, constants, fixed)
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         values = {**constants, **dict(zip(recording.inputs, tensors, strict=True))}
@@ -72,7 +77,24 @@ class _Stretch:
     dead: tuple[Value, ...]
 
 
-def _stretches(recording: Recording, constants: Mapping[Value, Any]) -> list[_Stretch]:
+def _fixed(recording: Recording, constants: Mapping[Value, Any], live: Sequence[Tensor]) -> Set[Value]:
+    """The constants that can be constants of a graph; others are passed at each call.
+
+    TorchScript takes constants with equal values for one, which one that may change mustn't be; and what is computed of
+    constants alone it computes once, though the caller may write into a result.
+    """
+    places = {id(tensor) for tensor in live}
+    fixed = {value for value, constant in constants.items() if id(constant) not in places}
+    fixed -= {value for value in fixed if getattr(constants[value], "requires_grad", False)}  # It takes none of those.
+    known = set(constants)
+    for call in recording.calls:
+        if known.issuperset(values_read(call)):
+            fixed.difference_update(values_read(call))
+            known.update(values_given(call))
+    return fixed.difference(recording.results)
+
+
+def _stretches(recording: Recording, constants: Mapping[Value, Any], fixed: Set[Value]) -> list[_Stretch]:
     last, results = last_reads(recording), set(recording.results)
     made = []
     for start in range(0, len(recording.calls), MAX_CALLS):
@@ -83,28 +105,33 @@ def _stretches(recording: Recording, constants: Mapping[Value, Any]) -> list[_St
         reads = tuple(value for value in read if value not in given and value not in constants)
         gives = tuple(value for value in given if value in results or last[value] >= end)
         dead = tuple(value for value in reads if value not in results and last[value] < end)
-        made.append(_Stretch(_graph(calls, reads, constants, gives), reads, gives, dead))
+        made.append(_Stretch(_graph(calls, reads, constants, fixed, gives), reads, gives, dead))
     return made
 
 
 def _graph(
-    calls: Sequence[Call], inputs: Sequence[Value], constants: Mapping[Value, Any], results: Sequence[Value]
+    calls: Sequence[Call],
+    inputs: Sequence[Value],
+    constants: Mapping[Value, Any],
+    fixed: Set[Value],
+    results: Sequence[Value],
 ) -> Function:
     builder = _Builder()
     for value in inputs:
         builder.add_input(value)
     used = dict.fromkeys((*(value for call in calls for value in values_read(call)), *results))
-    own = [(value, constants[value]) for value in used if value in constants]
-    for value, constant in own:
-        if isinstance(constant, torch.ScriptObject):  # A packed weight, which never changes.
-            builder.values[value] = builder.constant(constant)
-        else:  # As constants of the graph, tensors could be folded into others, but a weight may be loaded anew.
+    tensors = []
+    for value in used:
+        if value in fixed:
+            builder.values[value] = builder.constant(constants[value])
+        elif value in constants:
             builder.add_input(value)
+            tensors.append(constants[value])
     for call in calls:
         builder.add_call(call)
     function = builder.finish(results)
-    tensors = tuple(constant for _, constant in own if isinstance(constant, Tensor))
-    return lambda *given: function(*given, *tensors)
+    # An argument that is passed at each call takes time each time: there may be hundreds of them.
+    return (lambda *given: function(*given, *tensors)) if tensors else function
 
 
 class _Builder:
@@ -157,6 +184,9 @@ class _Builder:
         return self.constant(known)
 
     def constant(self, value: Any) -> torch._C.Value:
+        if isinstance(value, Tensor):  # Of those that have no storage, such as packed weights, it can't say itself.
+            node = self.graph.insertNode(self.graph.create("prim::Constant", [], 1))
+            return node.t_("value", value).output()  # type: ignore[no-any-return]
         made: torch._C.Value = self.graph.insertConstant(value)
         return made
 

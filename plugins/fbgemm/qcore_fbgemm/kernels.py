@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore.broadcast import factors
-from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized

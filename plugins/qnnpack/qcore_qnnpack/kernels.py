@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.broadcast import factors
+from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.lookup import LookupKernel
-from qcore.lowering import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized

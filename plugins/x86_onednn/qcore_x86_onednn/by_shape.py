@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.lowering import PACKING
+from qcore.kernel import PACKING
 
 #: For how many input shapes a weight is packed; further ones share the first one's.
 MAX_SHAPES = 4

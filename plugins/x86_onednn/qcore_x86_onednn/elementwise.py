@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qcore.lowering import KernelModule, QParams
+from qcore.kernel import KernelModule, QParams
 from qcore_x86_onednn import kernels
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcore.lowering import KernelModule
+from qcore.kernel import KernelModule
 
 
 def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:

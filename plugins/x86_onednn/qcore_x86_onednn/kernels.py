@@ -21,7 +21,7 @@ from torch import Tensor
 from qcore import ops
 from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError
-from qcore.lowering import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore.kernel import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
 from qcore_x86_onednn.integers import merge_groups

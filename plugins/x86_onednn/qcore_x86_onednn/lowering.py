@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
+from qcore.kernel import QuantizedWeight
 from qcore.lookup import LookupKernel
-from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall, QuantizedWeight
+from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
 from qcore_x86_onednn import elementwise, integers, kernels
 from qcore_x86_onednn.backend_config import FUSED_ACTIVATIONS, FUSED_FIXED
 

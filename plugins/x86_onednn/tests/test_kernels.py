@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.fx.graph_module import QGraphModule
+from qcore.kernel import QParams
 from qcore.lookup import LookupKernel
-from qcore.lowering import QParams
 from qcore.testing import CASES, Case, ask_by_name, steps_apart
 
 BACKEND = "x86_onednn"
