@@ -801,3 +801,16 @@ def test_each_thread_runs_models_as_it_wants(scaled: tuple[Executor, Scale]) -> 
             assert pool.submit(runs).result() == 0
         assert runs() == 1
     assert runs() == 0
+
+
+@torch.no_grad()
+def test_a_packed_weight_that_meets_nothing_of_the_call_is_passed_to_the_graph() -> None:
+    """Its type tells TorchScript which operator is meant."""
+    weight = torch.quantize_per_tensor(torch.randn(4, 3), 0.1, 0, torch.qint8)
+    table, packed = torch.randn(2, 3), torch.ops.quantized.linear_prepack(weight, None)
+    function = lambda: x + torch.ops.quantized.linear_dynamic.default(table, packed)  # noqa: E731
+    x = torch.randn(2, 4)
+    result, recording = record(function, [x])
+    run = as_torchscript(recording)
+    for _ in range(4):
+        assert torch.equal(run(x)[0], result)

@@ -120,18 +120,18 @@ def _graph(
     for value in inputs:
         builder.add_input(value)
     used = dict.fromkeys((*(value for call in calls for value in values_read(call)), *results))
-    tensors = []
+    own = []
     for value in used:
         if value in fixed:
             builder.values[value] = builder.constant(constants[value])
         elif value in constants:
-            builder.add_input(value)
-            tensors.append(constants[value])
+            builder.add_input(value, constants[value])
+            own.append(constants[value])
     for call in calls:
         builder.add_call(call)
     function = builder.finish(results)
     # An argument that is passed at each call takes time each time: there may be hundreds of them.
-    return (lambda *given: function(*given, *tensors)) if tensors else function
+    return (lambda *given: function(*given, *own)) if own else function
 
 
 class _Builder:
@@ -139,8 +139,10 @@ class _Builder:
         self.graph: Any = torch._C.Graph()
         self.values: dict[Value, torch._C.Value] = {}
 
-    def add_input(self, value: Value) -> None:
-        self.values[value] = self.graph.addInput()
+    def add_input(self, value: Value, constant: Any = None) -> None:
+        made = self.values[value] = self.graph.addInput()
+        if isinstance(constant, torch.ScriptObject):
+            made.setType(constant._type())
 
     def add_call(self, call: Call) -> None:
         schema = call.operator._schema
