@@ -719,16 +719,21 @@ def test_a_converted_model_replays_and_survives_copies(tmp_path: Any) -> None:
                 assert torch.equal(model(x), wanted)
 
 
-@pytest.fixture
-def converted() -> tuple[nn.Module, Tensor, Tensor]:
-    """A converted model with a recording for an input, that input, and the result."""
+def never_called() -> tuple[nn.Module, Tensor]:
+    """A converted model, and an input for it."""
     import qcore
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
     x = torch.randn(2, 3, 8, 8)
     prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(), (x,))
     qcore.calibrate(prepared, [x])
-    found = qcore.convert_fx(prepared)
+    return qcore.convert_fx(prepared), x
+
+
+@pytest.fixture
+def converted() -> tuple[nn.Module, Tensor, Tensor]:
+    """A converted model with a recording for an input, that input, and the result."""
+    found, x = never_called()
     with torch.no_grad():
         for _ in range(3):
             result = found(x)
@@ -769,22 +774,28 @@ def test_a_replayed_model_is_a_module_like_any_other(converted: tuple[nn.Module,
 
 
 @torch.no_grad()
-def test_a_compiled_model_runs_what_was_compiled(converted: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, x, result = converted
-    graphs: list[fx.GraphModule] = []
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning")
+@pytest.mark.parametrize("is_called_before", [True, False])
+def test_a_compiled_model_runs_what_was_compiled(is_called_before: bool) -> None:
+    """Also one that has no code yet, as it was never called."""
+    model, x = never_called()
+    result = copy.deepcopy(model)(x)
+    for _ in range(3 * is_called_before):
+        model(x)
+    runs: list[int] = []
 
     def backend(graph: fx.GraphModule, example: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+        return lambda *args: runs.append(1) or graph.forward(*args)
 
     torch._logging.set_logs(dynamo=logging.CRITICAL)  # Of quantized tensors it says that it can't take them.
     try:
         model.compile(backend=backend)
-        assert torch.equal(model(x), result)
+        for _ in range(4):
+            before = len(runs)
+            assert torch.equal(model(x), result) and len(runs) > before
     finally:
         torch._logging.set_logs()
         torch._dynamo.reset()
-    assert graphs
 
 
 def test_each_thread_runs_models_as_it_wants(scaled: tuple[Executor, Scale]) -> None:

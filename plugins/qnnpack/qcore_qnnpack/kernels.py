@@ -189,8 +189,9 @@ class QConv(_Weighted):
         kernel = getattr(_LIBRARY, f"conv{dimensions}d{self.relu}")
         overload = kernel.default if dimensions == 1 else kernel.new
         scale, zero_point = self.qparams("output")
-        run, width = lambda x: overload(_channels_last(x), packed, scale, zero_point), self.weight.shape[1]
-        return _bounded(with_batch(run, dimensions + 2, width * self.geometry[3]), self.bounds)
+        width = self.weight.shape[1] * self.geometry[3]
+        run = with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2, width)
+        return _bounded(run, self.bounds)
 
 
 class QConvTranspose(_Weighted):
