@@ -75,7 +75,17 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
             for source in done_after.get(node, ()):
                 del values[source]
     codegen = traced.graph._codegen
-    return codegen.process_outputs(outputs) if isinstance(codegen, SignatureCodeGen) else outputs
+    return codegen.process_outputs(outputs) if isinstance(codegen, SignatureCodeGen) else _mutable(outputs)
+
+
+def _mutable(outputs: Any) -> Any:
+    """What a graph's code makes of the containers among its outputs: an fx graph holds lists that can't change."""
+    if isinstance(outputs, dict):
+        return {name: _mutable(value) for name, value in outputs.items()}
+    if isinstance(outputs, (tuple, list)):
+        kind = list if isinstance(outputs, list) else tuple
+        return kind(_mutable(value) for value in outputs)
+    return outputs
 
 
 def lacks_examples(traced: fx.GraphModule) -> bool:
