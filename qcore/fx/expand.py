@@ -77,6 +77,8 @@ def _product_with_a_matrix(module: QGraphModule, node: fx.Node) -> bool:
     if not _is_tensor(matrix, 2) or not (bias is None or _is_tensor(bias, 1)):
         return False
     assert isinstance(matrix, fx.Node)
+    if bias is not None and bias.meta["example"].shape[0] != matrix.meta["example"].shape[1]:
+        return False  # One number for all, which a linear layer's bias isn't.
     with torch.no_grad():
         transposed = nn.Parameter(get_attribute(module, str(matrix.target)).detach().t().contiguous())
     weight = _new_tensor(module, node, f"{matrix.target}_t", transposed)

@@ -1,7 +1,7 @@
 """What must hold for a random model on a backend, from the float model to a kernel called in another thread.
 
-Each check gives sentences about what it found wrong; none means that all is right. A guard that refuses another batch is
-right: the forward decides by it. An exception that isn't one of qcore's on purpose is a finding like any other.
+Each check gives sentences about what it found wrong; none means that all is right. A guard that refuses another batch
+is right: the forward decides by it. An exception that isn't one of qcore's on purpose is a finding like any other.
 """
 
 import copy
@@ -49,7 +49,7 @@ def check(graph: RandomGraph, backend: str) -> list[Finding]:
     """All that doesn't hold for a random model on a backend."""
     case = _Case(graph, backend)
     findings: list[Finding] = []
-    for name in _CHECKS:
+    for name in CHECKS:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -78,9 +78,7 @@ class _Case:
         if self.graph.seed % 3 == 0:  # Sums and products asked for by name are quantized between floats.
             for function in (torch.add, torch.mul):
                 mapping.set_object_type(function, mapping.global_qconfig)
-        return qcore.prepare_fx(
-            model, mapping, self.graph.inputs(), backend=self.backend, on_unsupported="ignore"
-        )
+        return qcore.prepare_fx(model, mapping, self.graph.inputs(), backend=self.backend, on_unsupported="ignore")
 
     def preparing(self) -> Iterator[str]:
         """The user's model and inputs are left alone, and what is prepared computes the same."""
@@ -170,9 +168,7 @@ class _Case:
         """Replayed, from Python, and in another thread: the same bits."""
         wanted = self.results(self.converted, 5)
         with as_written():
-            yield from (
-                f"from Python: {text}" for text in _differences(wanted, self.results(self.converted, 5), True)
-            )
+            yield from (f"from Python: {text}" for text in _differences(wanted, self.results(self.converted, 5), True))
         found: list[Any] = []
         thread = threading.Thread(target=lambda: found.extend(self.results(self.converted, 5)))
         thread.start()
@@ -188,7 +184,8 @@ class _Case:
                     yield from _kernels_apart(self, path, reference, lowered, batch)
 
 
-_CHECKS = ("preparing", "converting", "copying", "loading", "calling", "lowering")
+#: The checks, in the order of the stages.
+CHECKS = ("preparing", "converting", "copying", "loading", "calling", "lowering")
 
 
 def _graphs(model: nn.Module) -> dict[str, nn.Module]:

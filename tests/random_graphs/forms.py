@@ -196,8 +196,8 @@ for _text in (
 for _text in ("{x}.relu()", "{x}.clamp(-1, 1)", "{x}.clamp(min=-0.125)", "{x}.clip(0.0, 4.0)"):
     _put("clamp", "method", _text)
 for _text in (
-    "{x}.relu_()", "{x}.clamp_(-0.9, 0.9)", "F.relu({x}, inplace=True)", "F.relu6({x}, inplace=True)", "torch.relu_({x})",
-    "F.hardtanh_({x})", "nn.functional.hardtanh({x}, -1.0, 2.0, True)", "{x}.clip_(max=1.5)",
+    "{x}.relu_()", "{x}.clamp_(-0.9, 0.9)", "F.relu({x}, inplace=True)", "F.relu6({x}, inplace=True)",
+    "torch.relu_({x})",    "F.hardtanh_({x})", "nn.functional.hardtanh({x}, -1.0, 2.0, True)", "{x}.clip_(max=1.5)",
 ):  # fmt: skip
     _put("clamp", "inplace", _text)
 
@@ -255,7 +255,8 @@ def _cat(g: "Generator", v: "Live") -> str | None:
         return None
     dim = g.choose([1, -1, v.rank - 1])
     place = dim % v.rank
-    fits = [o for o in g.values if o.rank == v.rank and all(n == m for i, (n, m) in enumerate(zip(o.shape, v.shape, strict=True)) if i != place)]
+    rest = v.shape[:place] + v.shape[place + 1 :]
+    fits = [o for o in g.values if o.rank == v.rank and o.shape[:place] + o.shape[place + 1 :] == rest]
     others = [g.choose(fits).name for _ in range(g.choose([1, 1, 2]))]
     name = g.choose(["torch.cat", "torch.concat", "torch.cat"])
     return f"{name}([{', '.join([v.name, *others])}], {g.choose(['', 'dim='])}{dim})"
@@ -338,10 +339,10 @@ _put("chunk", "method", "{x}.chunk(2, 1)[0]", (2, 3, 4, 5))
 _put("chunk", "function", "torch.chunk({x}, 2, dim=-1)[-1]", (2, 3, 4, 5))
 _put("split", "method", "{x}.split(1, 1)[0]", (2, 3, 4, 5))
 _put("split", "function", "torch.split({x}, 2, -1)[0]", (2, 3, 4, 5))
-_put("getitem", "method", "{x}[:, :2]", (2, 3, 4, 5))
-_put("getitem", "method", "{x}[:, 1:]", (2, 3, 4, 5))
-_put("getitem", "method", "{x}[..., ::2]", (2, 3, 4, 5))
-_put("getitem", "method", "{x}[:, 0]", (3, 4, 5))
+_put("getitem", "function", "{x}[:, :2]", (2, 3, 4, 5))
+_put("getitem", "function", "{x}[:, 1:]", (2, 3, 4, 5))
+_put("getitem", "function", "{x}[..., ::2]", (2, 3, 4, 5))
+_put("getitem", "function", "{x}[:, 0]", (3, 4, 5))
 _put("narrow", "method", "{x}.narrow(1, 0, 1)", (2, 3, 4, 5))
 _put("narrow", "function", "torch.narrow({x}, -1, 0, 2)", (2, 3, 4, 5))
 _put("pixel_shuffle", "function", "F.pixel_shuffle({x}, 2)", (4,))
@@ -356,8 +357,8 @@ def _other(text: str, *ranks: int) -> None:
 
 
 for _text in (
-    "{x}.abs()", "torch.exp(-{x} * {x})", "torch.sin({x})", "{x} - {x}.mean()", "{x}.pow(2)", "{x} / 2", "{x}.contiguous()",
-    "F.dropout({x}, 0.5, training=False)", "torch.where({x} > 0, {x}, -{x})", "{x}.to(torch.float32)", "{x} - 1",
+    "{x}.abs()", "torch.exp(-{x} * {x})", "torch.sin({x})", "{x} - {x}.mean()", "{x}.pow(2)", "{x} / 2",
+    "{x}.contiguous()", "F.dropout({x}, 0.5, training=False)", "torch.where({x} > 0, {x}, -{x})", "{x}.to(torch.float32)", "{x} - 1",
     "{x}.detach()", "{x}.clone()", "{x}.float()", "F.layer_norm({x}, {x}.shape[-1:])", "torch.maximum({x}, -{x})",
     "{x}.expand_as({x})", "{x}.masked_fill({x} > 1, 0.5)", "{x}.flip(-1)",
 ):  # fmt: skip
@@ -410,6 +411,6 @@ def _called_again(g: "Generator", v: "Live") -> str | None:
 #: Statements that write into a value, or into part of it; whoever holds a view of it sees that.
 WRITES: tuple[str, ...] = (
     "{x}[:, 0] = 0.5", "{x}[:, :1] += 1", "{x}[:, -1:].clamp_(-0.1, 0.1)", "{x}.fill_(0.25)", "{x}.copy_({x} * 2)",
-    "{x}[..., 0].mul_(3)", "{x}.transpose(0, 1).add_(1)", "{x}.zero_()", "{x}.masked_fill_({x} > 0.5, 0.0)", "{x} -= 0.5",
-    "{x}.data.mul_(0.5)", "torch.add({x}, 1, out={x})", "{x}.neg_()", "{x}.flatten(1)[:, 0].zero_()", "{x} /= 3",
+    "{x}[..., 0].mul_(3)", "{x}.transpose(0, 1).add_(1)", "{x}.zero_()", "{x}.masked_fill_({x} > 0.5, 0.0)", 
+    "{x} -= 0.5", "{x}.data.mul_(0.5)", "torch.add({x}, 1, out={x})", "{x}.neg_()", "{x}.flatten(1)[:, 0].zero_()", "{x} /= 3",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Random models: a class written line by line, each line tried on real tensors before it is taken.
 
-The source of a model is its identity: the same seed gives the same text, and a failure prints it. A value that is written
-into, a view of it, a module called twice: all are as good as any other for the next line, and what the float model
+The source of a model is its identity: the same seed gives the same text, and a failure prints it. A value that is
+written into, a view of it, a module called twice: all are as good as any other for the next line, and what the float model
 computes then is what every later stage has to compute.
 """
 
@@ -113,9 +113,7 @@ class RandomGraph:
     def inputs(self, batch: int = 2, seed: int = 0, unit: float = 1.0) -> tuple[Tensor, ...]:
         """Inputs of a batch."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + 100 * seed + batch)
-        return tuple(
-            torch.randn((batch, *shape[1:]), generator=generator) * self.unit * unit for shape in self.shapes
-        )
+        return tuple(torch.randn((batch, *shape[1:]), generator=generator) * self.unit * unit for shape in self.shapes)
 
 
 class Generator:
@@ -195,7 +193,7 @@ class Generator:
             self._add(f"x{number}", torch.randn(shape))
         for _ in range(self.choose(range(3, MAX_LINES + 1))):
             self._line()
-        if not self.lines or not self.modules and not self.tensors:
+        if not self.lines or (not self.modules and not self.tensors):
             return None
         return self._finished(tuple(shapes), unit)
 
