@@ -358,8 +358,8 @@ def _other(text: str, *ranks: int) -> None:
 
 for _text in (
     "{x}.abs()", "torch.exp(-{x} * {x})", "torch.sin({x})", "{x} - {x}.mean()", "{x}.pow(2)", "{x} / 2",
-    "{x}.contiguous()", "F.dropout({x}, 0.5, training=False)", "torch.where({x} > 0, {x}, -{x})", "{x}.to(torch.float32)", "{x} - 1",
-    "{x}.detach()", "{x}.clone()", "{x}.float()", "F.layer_norm({x}, {x}.shape[-1:])", "torch.maximum({x}, -{x})",
+    "{x}.contiguous()", "F.dropout({x}, 0.5, training=False)", "torch.where({x} > 0, {x}, -{x})", "{x}.to(torch.float32)",
+    "{x} - 1",    "{x}.detach()", "{x}.clone()", "{x}.float()", "F.layer_norm({x}, {x}.shape[-1:])", "torch.maximum({x}, -{x})",
     "{x}.expand_as({x})", "{x}.masked_fill({x} > 1, 0.5)", "{x}.flip(-1)",
 ):  # fmt: skip
     _other(_text)
@@ -411,6 +411,7 @@ def _called_again(g: "Generator", v: "Live") -> str | None:
 #: Statements that write into a value, or into part of it; whoever holds a view of it sees that.
 WRITES: tuple[str, ...] = (
     "{x}[:, 0] = 0.5", "{x}[:, :1] += 1", "{x}[:, -1:].clamp_(-0.1, 0.1)", "{x}.fill_(0.25)", "{x}.copy_({x} * 2)",
-    "{x}[..., 0].mul_(3)", "{x}.transpose(0, 1).add_(1)", "{x}.zero_()", "{x}.masked_fill_({x} > 0.5, 0.0)", 
-    "{x} -= 0.5", "{x}.data.mul_(0.5)", "torch.add({x}, 1, out={x})", "{x}.neg_()", "{x}.flatten(1)[:, 0].zero_()", "{x} /= 3",
+    "{x}[..., 0].mul_(3)", "{x}.transpose(0, 1).add_(1)", "{x}.zero_()", "{x}.masked_fill_({x} > 0.5, 0.0)",
+    "{x} -= 0.5", "{x}.data.mul_(0.5)", "torch.add({x}, 1, out={x})", "{x}.neg_()", "{x}.flatten(1)[:, 0].zero_()",
+    "{x} /= 3",
 )  # fmt: skip

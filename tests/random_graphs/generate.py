@@ -1,8 +1,8 @@
 """Random models: a class written line by line, each line tried on real tensors before it is taken.
 
 The source of a model is its identity: the same seed gives the same text, and a failure prints it. A value that is
-written into, a view of it, a module called twice: all are as good as any other for the next line, and what the float model
-computes then is what every later stage has to compute.
+written into, a view of it, a module called twice: all are as good as any other for the next line, and what the float
+model computes then is what every later stage has to compute.
 """
 
 import linecache
