@@ -358,8 +358,10 @@ def _other(text: str, *ranks: int) -> None:
 
 for _text in (
     "{x}.abs()", "torch.exp(-{x} * {x})", "torch.sin({x})", "{x} - {x}.mean()", "{x}.pow(2)", "{x} / 2",
-    "{x}.contiguous()", "F.dropout({x}, 0.5, training=False)", "torch.where({x} > 0, {x}, -{x})", "{x}.to(torch.float32)",
-    "{x} - 1",    "{x}.detach()", "{x}.clone()", "{x}.float()", "F.layer_norm({x}, {x}.shape[-1:])", "torch.maximum({x}, -{x})",
+    "{x}.contiguous()", "F.dropout({x}, 0.5, training=False)", "torch.where({x} > 0, {x}, -{x})",
+    "{x}.to(torch.float32)",
+    "{x} - 1", "{x}.detach()", "{x}.clone()", "{x}.float()",
+    "F.layer_norm({x}, {x}.shape[-1:])", "torch.maximum({x}, -{x})",
     "{x}.expand_as({x})", "{x}.masked_fill({x} > 1, 0.5)", "{x}.flip(-1)",
 ):  # fmt: skip
     _other(_text)
