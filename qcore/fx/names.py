@@ -104,13 +104,16 @@ def _can_stand(step: str, is_first: bool) -> bool:
     """Whether generated code can read this step of a path."""
     if step in _OF_MODULES or (is_first and step in own_names()) or keyword.iskeyword(step):
         return False
+    if step.startswith("__") and step.endswith("__"):  # Python and copy look for such, and take them for methods.
+        return False
     if step.isidentifier():  # Python takes some letters for others.
         return unicodedata.is_normalized("NFKC", step)
     return repr(step) == f"'{step}'" and '"' not in step  # It is written as a string.
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    return name in vars(module) or any(name in vars(module)[r] for r in REGISTRIES) or hasattr(type(module), name)
+    spaces = (vars(module), *(vars(module)[registry] for registry in REGISTRIES), *map(vars, type(module).__mro__))
+    return any(name in space for space in spaces)
 
 
 def _first_free(wanted: str, is_free: Callable[[str], bool]) -> str:
