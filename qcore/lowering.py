@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
+from qcore.fx.graph_module import QGraphModule, adopt, get_attribute, is_persistent, place_for, set_tensor, submodule
+from qcore.fx.names import free_target, qparams_targets
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
 from qcore.kernel import QParams, QuantizedWeight
@@ -187,7 +188,8 @@ class _Lowering:
         self.preparation = preparation
         self.enter, self.leave = enter, leave
         self.graph = copied_graph(reference.graph)
-        self.root = nn.Module()
+        self.modules: dict[fx.Node, nn.Module] = {}
+        self.numbers = {qparams_targets(name): number for number, name in preparation.plan.observers.items()}
         self.integers: dict[fx.Node, _Integers] = {}
         self.kernels: dict[str, str] = {}
         self.declined: dict[str, str] = {}
@@ -227,12 +229,13 @@ class _Lowering:
         drop_unread(self.graph)
         self.cross_boundaries()
         drop_unread(self.graph)
-        self.take_attributes()
-        plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
-        module = QGraphModule.of(self.root, self.graph, is_raw=True)
-        module.train(self.reference.training)
+        module = QGraphModule.of(nn.Module(), self.graph, is_raw=True)
         for name in self.preparation.preserved:
-            setattr(module, name, getattr(self.reference, name))
+            adopt(module, self.reference, name)
+        self.take_attributes(module)
+        self.name_modules(module)
+        plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
+        module.train(self.reference.training)
         return module.with_preparation(self.preparation.at("converted", plan))
 
     def lower_chain(self, value: fx.Node, quantize: fx.Node | None) -> bool:
@@ -363,14 +366,8 @@ class _Lowering:
         """The qparams of integers; the range doesn't matter to those who read them."""
         scale = float(get_attribute(self.reference, key[0]))
         zero_point = get_attribute(self.reference, key[1])
-        tensor = self.preparation.plan.tensors[self.number(key[0])]
+        tensor = self.preparation.plan.tensors[self.numbers[key]]
         return QParams(scale, int(zero_point), tensor.quant_min, tensor.quant_max, tensor.traits.dtype)
-
-    def number(self, scale_target: str) -> int:
-        if not hasattr(self, "_numbers"):
-            observers = self.preparation.plan.observers
-            self._numbers = {f"{name}_scale": number for number, name in observers.items()}
-        return self._numbers[scale_target]
 
     def move(self, node: fx.Node) -> None:
         """Let an operator that only moves elements work on integers."""
@@ -410,23 +407,28 @@ class _Lowering:
             node.replace_all_uses_with(made[identity])
 
     def add_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
-        name = name.replace(".", "_")
-        number = 0
-        while name in self.root._modules:
-            number += 1
-            name = f"{name}_{number}"
-        self.root.add_module(name, module)
-        return new_node(self.graph, "call_module", name, args)
+        """A node that calls a module of the backend's; at which name it stands is settled when all else has its own."""
+        node = new_node(self.graph, "call_module", name, args)
+        self.modules[node] = module
+        return node
 
-    def take_attributes(self) -> None:
+    def take_attributes(self, module: QGraphModule) -> None:
         """Take what is left of the reference model; modules first, since a tensor may be one of theirs."""
         for node in self.graph.nodes:
-            if node.op == "call_module" and node.target not in self.root._modules:
+            if node.op == "call_module" and node not in self.modules:
                 owner, _, name = str(node.target).rpartition(".")
-                place_for(self.root, owner).add_module(name, submodule(self.reference, str(node.target)))
+                place_for(module, owner)._modules[name] = submodule(self.reference, str(node.target))
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                set_tensor(self.root, str(node.target), get_attribute(self.reference, str(node.target)))
+                target = str(node.target)
+                set_tensor(module, target, get_attribute(self.reference, target), is_persistent(self.reference, target))
+
+    def name_modules(self, module: QGraphModule) -> None:
+        """Put the backend's modules at names that are free: their nodes', if nothing of the user's is called that."""
+        for node in self.graph.nodes:
+            if node in self.modules:
+                node.target = free_target(str(node.target), module)
+                module._modules[node.target] = self.modules[node]
 
 
 def _node(argument: Any) -> fx.Node:

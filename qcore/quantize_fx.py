@@ -28,6 +28,7 @@ from qcore.fx.graph_module import (
     FloatFallback,
     PartialPreparation,
     QGraphModule,
+    submodule,
 )
 from qcore.fx.parts import comparable, copy_of, find_parts, replace_modules
 from qcore.fx.plan import Refusal
@@ -174,9 +175,11 @@ def convert_fx(
             "convert_fx(keep_original_weights=True) isn't supported yet; the prepared model keeps them"
         )
     with garbage_left_alone():
-        references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
+        references, memo = _references(
+            graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config
+        )
         converted = {path: _lowered(reference) for path, reference in references.items()}
-        return _with_parts(graph_module, converted, "converted")
+        return _with_parts(graph_module, converted, "converted", memo)
 
 
 def convert_to_reference_fx(
@@ -192,8 +195,10 @@ def convert_to_reference_fx(
     those of :func:`convert_fx`.
     """
     with garbage_left_alone():
-        references = _references(graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config)
-        return _with_parts(graph_module, references, "reference")
+        references, memo = _references(
+            graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config
+        )
+        return _with_parts(graph_module, references, "reference", memo)
 
 
 def fuse_fx(
@@ -280,11 +285,11 @@ def _lowered(reference: QGraphModule) -> nn.Module:
     return get_available_backend(preparation.backend).lower(reference)
 
 
-def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str) -> nn.Module:
+def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str, memo: dict[int, Any]) -> nn.Module:
     """A copy of a prepared model with its parts replaced; what is replaced isn't copied."""
     if "" in new:
         return new[""]
-    memo: dict[int, Any] = {id(model.get_submodule(path)): part for path, part in new.items()}
+    memo.update({id(submodule(model, path)): part for path, part in new.items()})
     result = copy.deepcopy(model, memo)
     inner = result.model if isinstance(result, FloatFallback) else result
     if PARTIAL in inner.__dict__:
@@ -397,8 +402,8 @@ def _references(
     remove_qconfig: bool,
     mapping: QConfigMapping | None,
     backend_config: BackendConfig | None,
-) -> dict[str, QGraphModule]:
-    """The reference model of every part, by path."""
+) -> tuple[dict[str, QGraphModule], dict[int, Any]]:
+    """The reference model of every part, by path, and the memo of what was copied for them."""
     parts = _parts(prepared)
     preparations = {path: part.preparation for path, part in parts.items() if part.preparation is not None}
     other = next((p.stage for p in preparations.values() if p.stage != "prepared"), None)
@@ -409,7 +414,7 @@ def _references(
         raise NotSupportedError("_remove_qconfig=False: no module of a prepared model carries a qconfig; see explain()")
     if mapping is not None:
         raise NotSupportedError("convert_fx(qconfig_mapping=...) isn't supported yet; give the mapping to prepare_fx")
-    references = {}
+    references, memo = {}, dict[int, Any]()
     empty: list[CalibrationError] = []
     for path, preparation in preparations.items():
         if backend_config is not None and backend_config != preparation.backend_config:
@@ -425,12 +430,12 @@ def _references(
             preparation = replace(preparation, preserved=names)
         kernels = get_available_backend(preparation.backend).observers()
         try:
-            references[path] = convert_to_reference(parts[path], preparation, kernels)
+            references[path] = convert_to_reference(parts[path], preparation, kernels, memo)
         except CalibrationError as error:
             empty.append(error)
     if empty:
         raise _joined_calibration_error(empty, list(parts))
-    return references
+    return references, memo
 
 
 def _joined_calibration_error(errors: list[CalibrationError], paths: list[str]) -> CalibrationError:

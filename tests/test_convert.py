@@ -12,6 +12,7 @@ from torch import nn
 
 import qcore
 from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
+from qcore.fx.graph_module import get_attribute
 
 WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
 MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
@@ -68,7 +69,7 @@ def test_to_absorb_a_clamp_is_to_clamp_and_then_quantize(seed, low, high, activa
     reference = convert(nn.Sequential(conv, nn.Hardtanh(low, high)), x, mapping)
     assert not [n for n in reference.graph.nodes if n.target is torch.clamp]
     *_, quantize, _dequantize, _ = reference.graph.nodes
-    scale, zero_point = (getattr(reference, node.target) for node in quantize.args[1:3])
+    scale, zero_point = (get_attribute(reference, node.target) for node in quantize.args[1:3])
     taken = {}
 
     class Spy(torch.fx.Interpreter):

@@ -7,6 +7,7 @@ weights are stored as integers. The prepared model is left as it was.
 import copy
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,12 +17,15 @@ from qcore.errors import CalibrationError, CalibrationWarning, ConfigError
 from qcore.fx.graph_module import (
     Preparation,
     QGraphModule,
+    adopt,
     get_attribute,
     has_attribute,
+    is_persistent,
     place_for,
     set_tensor,
     submodule,
 )
+from qcore.fx.names import free_target, is_free, qparams_targets
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import activation_inputs, operator_of
@@ -31,7 +35,10 @@ from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
 
 
 def convert_to_reference(
-    prepared: QGraphModule, preparation: Preparation, kernels: dict[type[ObserverBase], type[ObserverBase]]
+    prepared: QGraphModule,
+    preparation: Preparation,
+    kernels: dict[type[ObserverBase], type[ObserverBase]],
+    memo: dict[int, Any],
 ) -> QGraphModule:
     """Replace every observer by quantize and dequantize, and every planned weight by integers.
 
@@ -39,6 +46,7 @@ def convert_to_reference(
         prepared: after calibration; it isn't changed.
         preparation: what ``prepare_fx`` settled.
         kernels: the backend's implementations of observers, for the weights.
+        memo: of deepcopy; what the parts of a model share, their copies share.
 
     Raises:
         CalibrationError: some observers saw no data; names them.
@@ -47,7 +55,7 @@ def convert_to_reference(
     plan = preparation.plan
     observers = {number: _observer(prepared, name) for number, name in plan.observers.items()}
     _check_calibration(observers, plan)
-    return _Conversion(prepared, preparation, observers, kernels).run()
+    return _Conversion(prepared, preparation, observers, kernels, memo).run()
 
 
 def _observer(prepared: QGraphModule, name: str) -> ObserverBase:
@@ -94,6 +102,7 @@ class _Conversion:
         preparation: Preparation,
         observers: dict[int, ObserverBase],
         kernels: dict[type[ObserverBase], type[ObserverBase]],
+        memo: dict[int, Any],
     ) -> None:
         self.prepared = prepared
         self.preparation = preparation
@@ -104,13 +113,13 @@ class _Conversion:
         self.root = nn.Module()
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.qparam_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
-        self.quantized_readers = {weight.node for weight in self.plan.weights}
+        self.read_as_float = self.float_targets()
         self.clamps_before: dict[str, list[str]] = {}
         for clamp, result in self.plan.absorbed.items():
             self.clamps_before.setdefault(result, []).append(clamp)
         self.qparams = _all_qparams(observers)
         self.notes: list[str] = []
-        self.memo: dict[int, object] = {}
+        self.memo = memo
         observers_called = set(self.plan.observers.values())
         self.called = {
             str(node.target)
@@ -121,6 +130,8 @@ class _Conversion:
     def run(self) -> QGraphModule:
         self.check_scales()
         self.report_nonfinite()
+        for name in self.preparation.preserved:
+            adopt(self.root, self.prepared, name, self.memo)
         self.take_modules()
         self.quantize_weights()
         for name, bounds in self.plan.dynamic.items():
@@ -145,9 +156,9 @@ class _Conversion:
         self.take_attributes()
         plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
         module = QGraphModule.of(self.root, self.graph, is_raw=True)
-        module.train(self.prepared.training)
         for name in self.preparation.preserved:
-            setattr(module, name, copy.deepcopy(getattr(self.prepared, name)))
+            adopt(module, self.root, name)
+        module.train(self.prepared.training)
         return module.with_preparation(self.preparation.at("reference", plan))
 
     def check_scales(self) -> None:
@@ -180,16 +191,17 @@ class _Conversion:
     def qparams_of(self, number: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
         """``get_attr`` nodes of a scale and a zero point; the same two for all who use them."""
         if number not in self.qparam_nodes:
-            name = self.plan.observers[number]
-            scale, zero_point = self.qparams[number]
-            self.root.register_buffer(f"{name}_scale", scale.detach().clone())
-            self.root.register_buffer(f"{name}_zero_point", zero_point.detach().clone())
-            with self.graph.inserting_before(before):
-                self.qparam_nodes[number] = (
-                    new_node(self.graph, "get_attr", f"{name}_scale"),
-                    new_node(self.graph, "get_attr", f"{name}_zero_point"),
-                )
+            scale, zero_point = (value.detach().clone() for value in self.qparams[number])
+            self.qparam_nodes[number] = self.store_qparams(self.plan.observers[number], scale, zero_point, before)
         return self.qparam_nodes[number]
+
+    def store_qparams(self, name: str, scale: Tensor, zero_point: Tensor, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Keep qparams under a name that is theirs, such as that of their observer, and return the nodes of both."""
+        targets = qparams_targets(name)
+        set_tensor(self.root, targets[0], scale)
+        set_tensor(self.root, targets[1], zero_point)
+        with self.graph.inserting_before(before):
+            return new_node(self.graph, "get_attr", targets[0]), new_node(self.graph, "get_attr", targets[1])
 
     def replace_observer(self, node: fx.Node, number: int) -> None:
         """Put quantize and dequantize in the place of ``node``, which hands its input through."""
@@ -252,44 +264,45 @@ class _Conversion:
         return source
 
     def store_weight(self, weight: IntegerWeight, source: fx.Node) -> fx.Node:
-        """Keep integers in the place of a float weight and return the node that dequantizes them."""
-        target = stem = str(source.target)
-        number = 0
-        while self.is_taken(stem, number) or (number == 0 and self.is_read_as_float(source)):
-            number += 1
-            stem = f"{target}_int{number}"
-        set_tensor(self.root, stem, weight.values)
-        set_tensor(self.root, f"{stem}_scale", weight.scale)
-        set_tensor(self.root, f"{stem}_zero_point", weight.zero_point)
+        """Keep integers in the place of a float weight, if that is nobody's any more, and return what dequantizes them.
+
+        Their qparams stand beside them, at a name at which the user has nothing.
+        """
+        target = str(source.target)
+        if target in self.read_as_float or not is_free(self.root, target):
+            target = free_target(f"{target}_int", self.prepared, self.root)
+        set_tensor(self.root, target, weight.values)
+        qparams = self.store_qparams(
+            free_target(f"{target}_qparams", self.prepared, self.root), weight.scale, weight.zero_point, source
+        )
         axis = () if weight.axis is None else (weight.axis,)
         dequantize = ops.dequantize_per_tensor if weight.axis is None else ops.dequantize_per_channel
         with self.graph.inserting_before(source):
-            attributes = [
-                new_node(self.graph, "get_attr", name) for name in (stem, f"{stem}_scale", f"{stem}_zero_point")
-            ]
-            return new_node(self.graph, "call_function", dequantize, (*attributes, *axis))
+            values = new_node(self.graph, "get_attr", target)
+            return new_node(self.graph, "call_function", dequantize, (values, *qparams, *axis))
 
-    def is_taken(self, stem: str, number: int) -> bool:
-        """Whether a name for integers, or one for their qparams, belongs to something else already."""
-        others = [f"{stem}_scale", f"{stem}_zero_point", *([stem] if number else [])]
-        return has_attribute(self.root, stem) or any(has_attribute(self.prepared, name) for name in others)
-
-    def is_read_as_float(self, source: fx.Node) -> bool:
-        owner, _, _ = str(source.target).rpartition(".")
-        if source.target in self.preparation.preserved or owner in self.called:
-            return True
-        return any(user.name not in self.quantized_readers for user in source.users)
+    def float_targets(self) -> set[str]:
+        """The tensors that somebody goes on reading as they are, beside or instead of an operator on integers."""
+        quantized = {self.nodes[weight.node] for weight in self.plan.weights}
+        found = set()
+        for source in self.graph.nodes:
+            if source.op == "get_attr":
+                for user in source.users:
+                    places = [number for number, argument in enumerate(user.args) if argument is source]
+                    if user not in quantized or places != [weight_position(user)]:
+                        found.add(str(source.target))
+        return found
 
     def take_modules(self) -> None:
         """Copy the modules that the graph calls, before anything takes their place."""
         for target in sorted(self.called):
             owner, _, name = target.rpartition(".")
             module = copy.deepcopy(submodule(self.prepared, target), self.memo)
-            place_for(self.root, owner).add_module(name, module)
+            place_for(self.root, owner)._modules[name] = module
 
     def take_attributes(self) -> None:
         """Copy what the graph still reads from the prepared model."""
         for node in self.graph.nodes:
             if node.op == "get_attr" and not has_attribute(self.root, str(node.target)):
                 value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), self.memo)
-                set_tensor(self.root, str(node.target), value)
+                set_tensor(self.root, str(node.target), value, is_persistent(self.prepared, str(node.target)))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qcore.fx.graph_module import QGraphModule, get_attribute, has_attribute, set_tensor
+from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.names import free_target
 from qcore.fx.nodes import drop_unread, new_node
 from qcore.fx.operators import CHUNK, LINEAR, MATMUL, RESHAPE, SOFTMAX, TRANSPOSE, operator_of
 from qcore.fx.shapes import Example
@@ -249,10 +250,7 @@ _ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn
 
 
 def _new_tensor(module: QGraphModule, node: fx.Node, target: str, value: Tensor) -> fx.Node:
-    number, wanted = 0, target
-    while has_attribute(module, target):
-        number += 1
-        target = f"{wanted}_{number}"
+    target = free_target(target, module)
     set_tensor(module, target, value)
     return _Builder(module, node).attribute(target)
 

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, has_attribute, set_tensor, submodule
+from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
+from qcore.fx.names import free_target, is_free
 from qcore.fx.nodes import new_node
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
@@ -126,12 +127,9 @@ def _per_output_channel(factor: Tensor, weight: Tensor, transposed: bool, groups
 
 def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, value: Tensor) -> fx.Node:
     """A ``get_attr`` of ``value``: in the place of the old tensor, or beside it if others read that one, too."""
-    is_taken = len(old.users) > 1 if isinstance(old, fx.Node) else has_attribute(module, target)
+    is_taken = len(old.users) > 1 if isinstance(old, fx.Node) else not is_free(module, target)
     if is_taken:
-        number = 1
-        while has_attribute(module, f"{target}_folded_{number}"):
-            number += 1
-        target = f"{target}_folded_{number}"
+        target = free_target(f"{target}_folded", module)
     set_tensor(module, target, nn.Parameter(value, requires_grad=value.requires_grad))
     if isinstance(old, fx.Node) and not is_taken:
         node = old

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from qcore.backend_config import BackendConfig
 from qcore.errors import GuardError
+from qcore.fx.nodes import copied_graph
 from qcore.quantization_plan import PythonModule, QuantizationPlan
 
 
@@ -64,6 +65,12 @@ class PartialPreparation:
 #: Where a model that stays Python keeps its :class:`PartialPreparation`.
 PARTIAL = "_qcore_partial"
 
+#: Where a module keeps its modules and tensors.
+REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+#: Attributes that a converted module gets, beside those that every QGraphModule has from the start.
+LATER_ATTRIBUTES = ("_executor", "_replayed", "_call", "_in_spec", "_out_spec")
+
 
 class QGraphModule(fx.GraphModule):
     """An fx GraphModule that keeps its graph, node names included, through pickling.
@@ -98,16 +105,17 @@ class QGraphModule(fx.GraphModule):
             return
         from qcore.replay.executor import NOTHING, Executor  # Here, as whoever converts nothing needn't wait for it.
 
-        executor = vars(self)["_executor"] = Executor(self, forward)
+        # The class is kept until Python looks for cycles, so it must hold no tensors, and thus no executor.
+        vars(self)["_executor"] = Executor(self, forward)
         call = vars(self)["_call"] = type(self).__call__
 
         @functools.wraps(forward)  # Whoever asks for the signature, or traces the code, finds that.
         def replayed(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-            return executor(*args, **kwargs)
+            return self.__dict__["_executor"](*args, **kwargs)
 
         def called(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
             # The way through torch's own call takes as long as all that is looked at before a replay.
-            found = executor.replay(args, kwargs)
+            found = self.__dict__["_executor"].replay(args, kwargs)
             return call(self, *args, **kwargs) if found is NOTHING else found
 
         type(self).forward = vars(self)["_replayed"] = replayed
@@ -130,9 +138,8 @@ class QGraphModule(fx.GraphModule):
         module = QGraphModule.__new__(QGraphModule)
         vars(module)["_is_raw"] = True  # There is no need for the code of an empty graph.
         module.__init__(nn.Module(), fx.Graph())  # type: ignore[misc]
-        module._modules.update(root._modules)
-        module._parameters.update(root._parameters)
-        module._buffers.update(root._buffers)
+        for registry in (*REGISTRIES, "_non_persistent_buffers_set"):
+            vars(module)[registry].update(vars(root)[registry])
         module.training = root.training
         vars(module)["_is_raw"] = is_raw
         module.graph = graph
@@ -154,6 +161,7 @@ class QGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make the code anew; that of a raw module is made when it is first called."""
+        self.graph.owning_module = weakref.proxy(self)  # type: ignore[assignment]  # No cycle keeps what nobody holds.
         if vars(self).get("_is_raw"):
             type(self).forward = _ForwardWhenAsked(self)  # type: ignore[assignment]
             return None
@@ -167,27 +175,29 @@ class QGraphModule(fx.GraphModule):
         self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QGraphModule":
-        # fx copies what it knows of a GraphModule, and no attribute of the user's.
-        result = super().__deepcopy__(memo)
-        assert isinstance(result, QGraphModule)
-        for name, value in self._preserved().items():
-            setattr(result, name, copy.deepcopy(value, memo))
+        result = memo[id(self)] = self._twin()
+        vars(result).update(copy.deepcopy(self._state(), memo))
+        return result
+
+    def __copy__(self) -> "QGraphModule":
+        result = self._twin()
+        vars(result).update({name: _shallow(value) for name, value in self._state().items()})
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        nodes = [_frozen(node) for node in self.graph.nodes]
+        return _thaw, (nodes, self.graph._codegen, self.meta), self._state()
+
+    def _twin(self) -> "QGraphModule":
+        """A module with a copy of the graph, and none of the attributes."""
+        result = QGraphModule.of(nn.Module(), copied_graph(self.graph), is_raw=vars(self).get("_is_raw", False))
+        result.meta.update(self.meta)
         result.replay_calls()
         return result
 
-    def _preserved(self) -> dict[str, Any]:
-        names = getattr(self.preparation, "preserved", ())
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        attributes = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
-        }
-        kept = self._preserved()
-        nodes = [_frozen(node) for node in self.graph.nodes]
-        return _thaw, (attributes, kept, nodes, {"qcore": self.preparation}, self.graph._codegen)
+    def _state(self) -> dict[str, Any]:
+        """The attributes of the module, but for those that every QGraphModule makes by itself."""
+        return {name: value for name, value in vars(self).items() if name not in _own_attributes()}
 
 
 class FloatFallback(nn.Module):
@@ -249,6 +259,16 @@ class _Function:
         return found
 
 
+@functools.cache
+def _own_attributes() -> frozenset[str]:
+    made = vars(QGraphModule.of(nn.Module(), fx.Graph())).keys() - vars(nn.Module()).keys()
+    return frozenset((*made, *LATER_ATTRIBUTES))
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, set)) else value
+
+
 def _frozen(node: fx.Node) -> tuple[Any, ...]:
     def refer(value: Any) -> Any:
         return _Reference(value.name) if isinstance(value, fx.Node) else value
@@ -256,7 +276,7 @@ def _frozen(node: fx.Node) -> tuple[Any, ...]:
     args = fx.node.map_aggregate(node.args, refer)
     kwargs = fx.node.map_aggregate(node.kwargs, refer)
     target = _function_name(node.target) if node.op == "call_function" else node.target
-    return node.name, node.op, target, args, kwargs
+    return node.name, node.op, target, args, kwargs, node.meta.get("example")
 
 
 def _function_name(function: Any) -> Any:
@@ -274,13 +294,7 @@ def _function_name(function: Any) -> Any:
     return function
 
 
-def _thaw(
-    attributes: dict[str, Any],
-    kept: dict[str, Any],
-    nodes: list[tuple[Any, ...]],
-    meta: dict[str, Any],
-    codegen: fx.graph.CodeGen,
-) -> QGraphModule:
+def _thaw(nodes: list[tuple[Any, ...]], codegen: fx.graph.CodeGen, meta: dict[str, Any]) -> QGraphModule:
     graph = fx.Graph()
     graph.set_codegen(codegen)
     made: dict[str, fx.Node] = {}
@@ -288,17 +302,14 @@ def _thaw(
     def resolve(value: Any) -> Any:
         return made[value.name] if isinstance(value, _Reference) else value
 
-    for name, op, target, args, kwargs in nodes:
+    for name, op, target, args, kwargs, example in nodes:
         target = target.resolve() if isinstance(target, _Function) else target
         args = fx.node.map_aggregate(args, resolve)
         made[name] = graph.create_node(op, target, args, fx.node.map_aggregate(kwargs, resolve), name)
-    root = nn.Module()
-    root.__dict__.update(attributes)
-    module = QGraphModule.of(root, graph)
-    module.training = attributes["training"]
-    for name, value in kept.items():
-        setattr(module, name, value)
-    module.meta.update({key: value for key, value in meta.items() if value is not None})
+        if example is not None:
+            made[name].meta["example"] = example
+    module = QGraphModule.of(nn.Module(), graph)
+    module.meta.update(meta)
     module.replay_calls()
     return module
 
@@ -315,8 +326,10 @@ def get_attribute(module: nn.Module, target: str) -> Any:
     """The attribute at a dotted path."""
     owner_path, _, name = target.rpartition(".")
     owner = submodule(module, owner_path)
-    registered = owner._parameters.get(name, owner._buffers.get(name))
-    return getattr(owner, name) if registered is None else registered
+    for registry in (owner._parameters, owner._buffers, owner._modules):
+        if registry.get(name) is not None:  # Before an attribute of the class that may hide it.
+            return registry[name]
+    return getattr(owner, name)
 
 
 def has_attribute(module: nn.Module, target: str) -> bool:
@@ -349,16 +362,50 @@ def place_for(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
-    """Put a tensor at a dotted path, as a buffer unless it is a Parameter; makes the modules on the way."""
+def set_tensor(module: nn.Module, target: str, value: torch.Tensor, persistent: bool = True) -> None:
+    """Put a tensor at a dotted path, as a buffer unless it is a Parameter; makes the modules on the way.
+
+    Args:
+        module: where the path starts.
+        target: the path.
+        value: the tensor.
+        persistent: whether a state_dict holds it, if it is a buffer.
+    """
     owner_path, _, name = target.rpartition(".")
     owner = place_for(module, owner_path)
     owner._parameters.pop(name, None)
     owner._buffers.pop(name, None)
+    owner._non_persistent_buffers_set.discard(name)
     if isinstance(value, nn.Parameter):
         owner._parameters[name] = value
     else:
         owner._buffers[name] = value
+        if not persistent:
+            owner._non_persistent_buffers_set.add(name)
+
+
+def is_persistent(module: nn.Module, target: str) -> bool:
+    """Whether a state_dict holds the tensor at a dotted path."""
+    owner_path, _, name = target.rpartition(".")
+    return name not in submodule(module, owner_path)._non_persistent_buffers_set
+
+
+def adopt(module: nn.Module, source: nn.Module, name: str, memo: dict[int, Any] | None = None) -> None:
+    """Give a module the attribute of another, registered as it is there.
+
+    Args:
+        module: gets the attribute.
+        source: has it.
+        name: of the attribute.
+        memo: of the copy to make of it; ``None`` shares it.
+    """
+    registry = next((vars(source)[r] for r in REGISTRIES if name in vars(source)[r]), None)
+    value = getattr(source, name) if registry is None else registry[name]
+    value = value if memo is None else copy.deepcopy(value, memo)
+    own = next((vars(module)[r] for r in REGISTRIES if vars(source)[r] is registry), vars(module))
+    own[name] = value
+    if name in source._non_persistent_buffers_set:
+        module._non_persistent_buffers_set.add(name)
 
 
 def delete_tensor(module: nn.Module, target: str) -> None:
@@ -392,16 +439,3 @@ def own_tensors(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> 
             for name, tensor in registry.items():
                 if id(tensor) in theirs:
                     registry[name] = copy.deepcopy(tensor, memo)
-
-
-def free_name(taken: Mapping[str, Any] | set[str], wanted: str, counter: dict[str, int]) -> str:
-    """``wanted``, or ``wanted_1``, ``wanted_2`` ...; the counter makes a run of clashes linear."""
-    if wanted not in taken:
-        return wanted
-    number = counter.get(wanted, 0)
-    while True:
-        number += 1
-        name = f"{wanted}_{number}"
-        if name not in taken:
-            counter[wanted] = number
-            return name

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from qcore.fx.signature import check_size
+from qcore.fx.signature import GLOBALS, check_size
+
+#: Names that the code of a graph reads beside those of its nodes.
+READ_BY_CODE = frozenset(("self", *GLOBALS))
 
 
 def new_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (), name: str | None = None) -> fx.Node:
@@ -22,10 +25,19 @@ def new_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (), 
         args: likewise.
         name: wanted; by default that of the target.
     """
-    node = graph.create_node(op, target, name=name)
+    node = unshadowed(graph.create_node(op, target, name=name))
     if args:
         set_arguments(node, args)
     return node
+
+
+def unshadowed(node: fx.Node) -> fx.Node:
+    """A new node without arguments, or one like it with a name that hides nothing which generated code reads."""
+    if node.name not in READ_BY_CODE:
+        return node
+    graph = node.graph
+    graph.erase_node(node)
+    return graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)  # That name is taken now.
 
 
 def set_arguments(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:

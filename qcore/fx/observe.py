@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from qcore.fx.graph_module import QGraphModule, free_name
+from qcore.fx.graph_module import QGraphModule
+from qcore.fx.names import free_target
 from qcore.fx.nodes import new_node
 from qcore.observer import FixedQParamsObserver, ObserverBase
 from qcore.qconfig import ObserverConstructor, build_observer
@@ -52,12 +53,10 @@ def observe(
     """
     nodes = {node.name: node for node in module.graph.nodes}
     names: dict[int, str] = {}
-    taken = {name for name, _ in module.named_children()}
-    counter: dict[str, int] = {}
     for observation in plan.observations:
         if observation.tensor not in names:
             number = len(names)
-            name = free_name(taken, f"{OBSERVER_PREFIX}_{number}", counter)
+            name = free_target(f"{OBSERVER_PREFIX}_{number}", module)
             names[observation.tensor] = name
             module.add_module(name, make_observer(plan.tensors[observation.tensor], kernels))
         value = nodes[observation.value]

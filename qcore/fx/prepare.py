@@ -1,6 +1,5 @@
 """The way of one traced part of a model to a prepared one: each pass in turn."""
 
-import copy
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +8,8 @@ from typing import Any
 from qcore.backend_config import BackendConfig
 from qcore.fx.expand import expand
 from qcore.fx.fuse import FusionPattern, fuse
-from qcore.fx.graph_module import Preparation, QGraphModule, own_modules, own_tensors
+from qcore.fx.graph_module import Preparation, QGraphModule, adopt, own_modules, own_tensors
+from qcore.fx.names import give_way
 from qcore.fx.observe import observe
 from qcore.fx.parts import Part, plain_attributes
 from qcore.fx.plan import Refusal, make_plan
@@ -70,6 +70,10 @@ class Preparer:
         graph = part.graph
         before = set(graph.graph.nodes)
         memo: dict[int, Any] = {}
+        # What the user reads of the module is never rewritten: the passes get names of their own.
+        plain = plain_attributes(part.module) if part.path else {}
+        preserved = (*plain, *part.kept) if part.path else self.preserved
+        give_way(graph, preserved)
         if not part.path:  # A part of a model that stays Python shares what is a copy already.
             own_modules(graph, part.module, memo)
         expand(graph)
@@ -78,18 +82,13 @@ class Preparer:
             propagate_examples(graph, part.examples)
         if not part.path:
             own_tensors(graph, part.module, memo)
+        for name in preserved:
+            adopt(graph, part.module, name, None if part.path else memo)
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
         plan = observe(graph, plan, self.kernels)
         graph.train(part.module.training)
-        if part.path:  # The model around it goes on reading what it read.
-            preserved = (*plain_attributes(part.module), *part.kept)
-            vars(graph).update(plain_attributes(part.module))
-        else:
-            preserved = self.preserved
-            for name in preserved:
-                setattr(graph, name, copy.deepcopy(getattr(part.module, name)))
         preparation = Preparation(
             "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path
         )

@@ -22,6 +22,8 @@ _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, type(...),
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
+#: What the code of a graph calls the signature of its call, and the form of its result.
+GLOBALS = ("_call_signature", "_result_form")
 _CONTAINERS = (tuple, list, dict, OrderedDict)
 _ANYTHING = inspect.Signature(
     [
@@ -191,15 +193,15 @@ class SignatureCodeGen(fx.graph.CodeGen):
         """The head of the forward: takes any arguments, and checks and opens them."""
         names = [name.split(":")[0].split("=")[0].split("#")[0].strip() for name in free_vars]
         target = f"{', '.join(names)}, = " if names else ""
-        return f"def {self._func_name}(self, *args, **kwargs):\n    {target}_call_signature.bind(args, kwargs)"
+        return f"def {self._func_name}(self, *args, **kwargs):\n    {target}{GLOBALS[0]}.bind(args, kwargs)"
 
     def generate_output(self, output_args: Any, **_options: Any) -> str:
         """The last line of the forward."""
-        return f"return _result_form.result({output_args!r})"
+        return f"return {GLOBALS[1]}.result({output_args!r})"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """What the generated code calls."""
-        return [("_call_signature", self.signature), ("_result_form", self.form)]
+        return list(zip(GLOBALS, (self.signature, self.form), strict=True))
 
     def process_inputs(self, *args: Any) -> Any:
         """For fx.Interpreter: the tensors."""

@@ -25,8 +25,9 @@ from torch.utils import _pytree as pytree
 from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
-from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
-from qcore.fx.nodes import drop_unread, set_arguments
+from qcore.fx.graph_module import QGraphModule, get_attribute, is_persistent, place_for, set_tensor, submodule
+from qcore.fx.names import readable_targets
+from qcore.fx.nodes import READ_BY_CODE, drop_unread, set_arguments, unshadowed
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
 from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
@@ -97,7 +98,7 @@ class NormalFormTracer(ExampleTracer):
         if self._signature is None:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         signature = self._signature
-        names = [_identifier(name) for name in signature.tensor_names]
+        names = _identifiers(signature.tensor_names)
         tensors = [self.create_proxy("placeholder", name, (), {}) for name in names]
 
         def call(root: nn.Module, *tensors: Any) -> Any:
@@ -123,7 +124,7 @@ class NormalFormTracer(ExampleTracer):
         """A value as the tuple that it is, if it comes from a module that gives several tensors at once."""
         node = value.node
         several = (nn.MultiheadAttention, nn.RNNBase)
-        if node.op != "call_module" or not isinstance(self.root.get_submodule(str(node.target)), several):
+        if node.op != "call_module" or not isinstance(submodule(self.root, str(node.target)), several):
             return value
         return pytree.tree_map_only(Value, self._opened, tuple(value))
 
@@ -221,7 +222,7 @@ class NormalFormTracer(ExampleTracer):
                 return self._tensor(self._tensor_paths[id(a)]).node
             if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
                 # A tensor that the forward made; fx would leave it on the user's model.
-                name = f"_tensor_constant{len(self.constants)}"
+                name = f"._tensor_constant{len(self.constants)}"  # No path of the user's starts like this.
                 self.constants[name] = a.detach().clone()  # It may be the user's, from a list of theirs.
                 self._tensor_paths[id(a)] = name
                 return self._tensor(name).node
@@ -281,7 +282,7 @@ class NormalFormTracer(ExampleTracer):
                 return call.args[0]  # type: ignore[no-any-return]
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-        node = super().create_node(kind, target, (), {}, name, type_expr)
+        node = unshadowed(super().create_node(kind, target, (), {}, name, type_expr))
         set_arguments(node, args, kwargs)  # Afterwards, as in ``new_node``.
         self.note(node)
         if origin is not None:
@@ -392,38 +393,55 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
         raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
 
-def _identifier(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_") or "input"
+def _identifiers(names: Sequence[str]) -> list[str]:
+    """Names of parameters for the inputs of a graph, such as ``states_0`` for ``states[0]``."""
+    found = dict.fromkeys(name for name in names if name.isidentifier() and name not in READ_BY_CODE)
+    made = []
+    for name in names:
+        wanted = name
+        if name not in found:
+            wanted = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_")
+            wanted = wanted if wanted[:1].isalpha() else f"input_{wanted}"
+            while wanted in found:
+                wanted += "_"
+            found[wanted] = None
+        made.append(wanted)
+    return made
 
 
 class _Root(nn.Module):
-    """A root that holds just what a graph refers to; GraphModule takes its attributes from here."""
+    """A root that holds just what a graph refers to; GraphModule takes its attributes from here.
+
+    What code couldn't read at its own path stands at another, to which the graph's nodes are changed.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], copies: bool) -> None:
         super().__init__()
         memo: dict[int, Any] = {}
         # Modules first: a tensor may be one of theirs.
-        for op in ("call_module", "get_attr"):
-            for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == op):
-                owner_path, _, name = target.rpartition(".")
-                value = constants[target] if target in constants else get_attribute(model, target)
-                place = place_for(self, owner_path)
-                own = copy.deepcopy(value, memo) if copies else value
-                if name in place._parameters or name in place._buffers or name in place._modules:
-                    continue
-                # Straight into the registries: a module's __setattr__ costs more than all else here.
-                registry: dict[str, Any] = place._buffers
-                if isinstance(own, nn.Module):
-                    registry = place._modules
-                elif isinstance(own, nn.Parameter):
-                    registry = place._parameters
-                registry[name] = own
+        nodes = [node for op in ("call_module", "get_attr") for node in graph.nodes if node.op == op]
+        places = readable_targets(model, dict.fromkeys(str(node.target) for node in nodes))
+        for target in dict.fromkeys(str(node.target) for node in nodes):
+            owner_path, _, name = places[target].rpartition(".")
+            value = constants[target] if target in constants else get_attribute(model, target)
+            place = place_for(self, owner_path)
+            own = copy.deepcopy(value, memo) if copies else value
+            if name in place._parameters or name in place._buffers or name in place._modules:
+                continue
+            # Straight into the registries: a module's __setattr__ costs more than all else here.
+            if isinstance(own, nn.Module):
+                place._modules[name] = own
+            else:
+                set_tensor(self, places[target], own, target in constants or is_persistent(model, target))
+        for node in nodes:
+            if places[str(node.target)] != node.target:
+                node.target = places[str(node.target)]
         self.training = model.training
 
 
 def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
     location = _user_location(error)
-    where = f"{path!r} ({type(model.get_submodule(path)).__name__})" if path else f"the model ({type(model).__name__})"
+    where = f"{path!r} ({type(submodule(model, path)).__name__})" if path else f"the model ({type(model).__name__})"
     at = f" at {location}" if location else ""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return TraceError(

@@ -8,6 +8,7 @@ the model.
 
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Executor:
     """
 
     def __init__(self, module: fx.GraphModule, forward: Callable[..., Any]) -> None:
-        self.module = module
+        self._module = weakref.ref(module)  # The module holds this, and both are to go when nobody holds the module.
         self.forward = forward
         self.generation = -1
         self.is_replayable = False
@@ -108,6 +109,13 @@ class Executor:
         self.is_kernel_hooked = False
         self.state: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
         self.kernels: list[tuple[Any, object]] = []
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The module."""
+        module = self._module()
+        assert module is not None
+        return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""

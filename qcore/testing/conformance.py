@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qcore.dtypes import QScheme
 from qcore.fx.graph_module import QGraphModule, get_attribute
 from qcore.fx.match import PatternTable
+from qcore.fx.names import qparams_targets
 from qcore.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from qcore.plugins.manager import get_backend
 from qcore.qconfig import QConfig
@@ -64,7 +65,8 @@ def steps_apart(reference: QGraphModule, expected: Tensor, found: Tensor) -> tup
     preparation, number = reference.preparation, _result_tensor(reference)
     assert preparation is not None
     name = preparation.plan.observers.get(number, "")
-    step = float(get_attribute(reference, f"{name}_scale")) if name else float(expected.abs().max()) / 1000 or 1.0
+    scale = get_attribute(reference, qparams_targets(name)[0]) if name else expected.abs().max() / 1000
+    step = float(scale) or 1.0
     return float((expected - found).abs().max()) / step, step
 
 
@@ -73,7 +75,7 @@ def _result_tensor(reference: QGraphModule) -> int:
     preparation = reference.preparation
     assert preparation is not None
     (result,) = next(node for node in reversed(reference.graph.nodes) if node.op == "output").args
-    numbers = {f"{name}_scale": number for number, name in preparation.plan.observers.items()}
+    numbers = {qparams_targets(name)[0]: number for number, name in preparation.plan.observers.items()}
     sources = [str(getattr(node, "target", "")) for node in getattr(result, "args", ())[1:2]]
     return numbers.get(sources[0], -1) if sources else -1
 
@@ -85,7 +87,7 @@ def _handed_on(reference: QGraphModule) -> float:
     plan = preparation.plan
     inputs = {node.name for node in reference.graph.nodes if node.op == "placeholder"}
     between = {place.tensor for place in plan.observations if place.value not in inputs} - {_result_tensor(reference)}
-    return sum(float(get_attribute(reference, f"{plan.observers[number]}_scale")) for number in between)
+    return sum(float(get_attribute(reference, qparams_targets(plan.observers[number])[0])) for number in between)
 
 
 class BackendConformance:

@@ -13,6 +13,7 @@ from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_f
 from torch.ao.quantization.quantize_fx import prepare_fx as ao_prepare_fx
 
 import qcore
+from qcore.fx.graph_module import get_attribute
 from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import CLAMP, operator_of
 from qcore.qconfig_mapping import object_type_name
@@ -172,7 +173,7 @@ def our_qparams(reference):
         if node.target is qcore.ops.quantize_per_tensor:
             value = node.args[0].args[0] if node.args[0].target is torch.detach else node.args[0]
             name = our_name(names, value)
-            found[name] = tuple(float(getattr(reference, v.target)) for v in node.args[1:3])
+            found[name] = tuple(float(get_attribute(reference, v.target)) for v in node.args[1:3])
     return found
 
 
@@ -194,5 +195,5 @@ def our_weights(reference):
     return {
         name.removesuffix(".weight"): value
         for name, value in state.items()
-        if value.dtype == torch.int8 and f"{name}_scale" in state
+        if value.dtype == torch.int8 and f"{name}_qparams.scale" in state
     }
