@@ -405,7 +405,7 @@ def _identifiers(names: Sequence[str]) -> list[str]:
         if name not in found:
             wanted = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_")
             wanted = wanted if wanted[:1].isalpha() else f"input_{wanted}"
-            while wanted in found:
+            while wanted in found or wanted in READ_BY_CODE:
                 wanted += "_"
             found[wanted] = None
         made.append(wanted)
