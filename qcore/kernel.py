@@ -4,6 +4,7 @@ A kernel's state is plain tensors. What a native function takes besides (packed 
 them when it is first needed, and again whenever they change.
 """
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ class KernelModule(nn.Module):
         """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
         if self._packed is None:
             with PACKING:
-                self._packed = self.pack()
+                # By a twin on the same tensors: what it gives may hold it, and what holds itself isn't freed.
+                self._packed = copy.copy(self).pack()
         return self._packed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from qcore.fx.graph_module import (
     QGraphModule,
     submodule,
 )
+from qcore.fx.names import can_be_preserved
 from qcore.fx.parts import comparable, copy_of, find_parts, replace_modules
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
@@ -371,10 +372,17 @@ def _unmatched_leaves(custom: PrepareCustomConfig, paths: Sequence[str]) -> list
 
 
 def _missing_attributes(model: nn.Module, custom: PrepareCustomConfig) -> list[str]:
+    names = custom.preserved_attributes
+    missing = [f"set_preserved_attributes: the model has no attribute {n!r}" for n in names if not hasattr(model, n)]
+    return missing + _hidden_attributes(names)
+
+
+def _hidden_attributes(names: Iterable[str]) -> list[str]:
     return [
-        f"set_preserved_attributes: the model has no attribute {name!r}"
-        for name in custom.preserved_attributes
-        if not hasattr(model, name)
+        f"set_preserved_attributes: {name!r} is an attribute that every GraphModule has, which would hide the model's; "
+        "give it another name"
+        for name in names
+        if not can_be_preserved(name)
     ]
 
 
@@ -427,6 +435,8 @@ def _references(
             missing = [name for name in names if not hasattr(prepared, name)]
             if missing:
                 raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
+            if _hidden_attributes(names):
+                raise ConfigError(_hidden_attributes(names))
             preparation = replace(preparation, preserved=names)
         kernels = get_available_backend(preparation.backend).observers()
         try:

@@ -23,6 +23,11 @@ def own_names() -> frozenset[str]:
     return frozenset((*dir(QGraphModule.of(nn.Module(), fx.Graph())), *LATER_ATTRIBUTES)) - _OF_MODULES
 
 
+def can_be_preserved(name: str) -> bool:
+    """Whether a GraphModule can have an attribute of the user's of this name."""
+    return name not in own_names() and name not in vars(nn.Module()).keys() - {"training"} and name != "forward"
+
+
 def qparams_targets(name: str) -> tuple[str, str]:
     """The scale and the zero point of qparams of this name: buffers of a module that holds nothing else."""
     return f"{name}.scale", f"{name}.zero_point"

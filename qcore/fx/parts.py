@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from qcore.errors import TraceError
 from qcore.fx.forms import MODULES
-from qcore.fx.graph_module import QGraphModule
+from qcore.fx.graph_module import QGraphModule, submodule
+from qcore.fx.names import own_names
 from qcore.fx.shapes import copied, difference, propagate_examples
 from qcore.fx.signature import CallSignature, NotConstantError
 from qcore.fx.tracer import trace
@@ -119,7 +120,7 @@ def _leaves_of_graph(model: nn.Module) -> list[str]:
     if not isinstance(model, fx.GraphModule):
         return []
     targets = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
-    return [target for target in targets if not type(model.get_submodule(target)).__module__.startswith("torch.nn.")]
+    return [target for target in targets if not type(submodule(model, target)).__module__.startswith("torch.nn.")]
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -205,6 +206,10 @@ class _Finder:
         """Trace a module or take the trace of an earlier call, and replay it; gives what it computes or what failed."""
         if path in self.closed:
             return PythonModule(path, type(module).__name__, self.closed[path]), None
+        hidden = _hidden_attributes(module)
+        if hidden:
+            reason = f"its attribute {hidden[0]} would be hidden by that of a GraphModule in its place"
+            return PythonModule(path, type(module).__name__, reason), None
         before, self.is_inside = self.is_inside, True
         try:
             signature = CallSignature.of(module, args, kwargs, f"{path} ({type(module).__name__})")
@@ -268,31 +273,43 @@ def _reason(path: str, module: nn.Module, error: Exception) -> PythonModule:
     return PythonModule(path, name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
+#: Where a stub keeps its own; nobody has an attribute with a space.
+_PART = "its part"
+
+
 class _Stub(nn.Module):
     """Stands for a part while the model runs around it, and notes what the model reads of it."""
 
     def __init__(self, part: Part, reads: list[tuple[str, str]]) -> None:
         super().__init__()
         self.__dict__.update(plain_attributes(part.module))
-        self.__dict__["_part"] = part
-        self.__dict__["_reads"] = reads
+        self.__dict__[_PART] = part, reads
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._part.graph(*args, **kwargs)
+        return self.__dict__[_PART][0].graph(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if "_part" in self.__dict__ and hasattr(self._part.module, name):
-            if name in self._part.module._parameters or name in self._part.module._buffers:
-                self._part.kept.add(name)
-            else:
-                self._reads.append((self._part.path, name))
-            return getattr(self._part.module, name)
-        raise AttributeError(name)
+        part, reads = self.__dict__.get(_PART, (None, None))
+        if part is None or not hasattr(part.module, name):
+            raise AttributeError(name)
+        if name in part.module._parameters or name in part.module._buffers:
+            part.kept.add(name)
+        else:
+            reads.append((part.path, name))
+        return getattr(part.module, name)
+
+
+def _hidden_attributes(module: nn.Module) -> list[str]:
+    """What the model around a module could read of it, and not of a graph in its place; tensors and modules move."""
+    if isinstance(module, fx.GraphModule):
+        return []
+    spaces = (plain_attributes(module), *(vars(base) for base in type(module).__mro__))
+    return [name for name in sorted(own_names()) if any(name in space for space in spaces)]
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """What a model may read of a part beside calling it: everything but tensors and modules."""
-    known = vars(nn.Module())
+    known = vars(nn.Module()).keys() | (own_names() if isinstance(module, fx.GraphModule) else set())
     return {
         name: value
         for name, value in vars(module).items()

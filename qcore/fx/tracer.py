@@ -358,12 +358,15 @@ def trace(
     try:
         with _left_alone(model):
             graph = tracer.trace(model)
+        drop_unread(graph)
+        for node in graph.nodes:
+            node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
+        root = _Root(model, graph, tracer.constants, copies)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
-    drop_unread(graph)
-    for node in graph.nodes:
-        node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
-    return QGraphModule.of(_Root(model, graph, tracer.constants, copies), graph, is_raw=True)
+    finally:
+        vars(tracer).clear()  # Cycles hold it, and it holds the model and all that it computed.
+    return QGraphModule.of(root, graph, is_raw=True)
 
 
 @contextlib.contextmanager
@@ -402,7 +405,7 @@ def _identifiers(names: Sequence[str]) -> list[str]:
         if name not in found:
             wanted = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_")
             wanted = wanted if wanted[:1].isalpha() else f"input_{wanted}"
-            while wanted in found:
+            while wanted in found or wanted in READ_BY_CODE:
                 wanted += "_"
             found[wanted] = None
         made.append(wanted)
