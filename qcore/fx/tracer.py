@@ -2,8 +2,8 @@
 
 Every call of a known module, function or method becomes one call of its operator (see ``operators.py``), with the
 module's weights as ``get_attr`` nodes that keep their path (``features.0.weight``). Dropout and identity in
-evaluation mode disappear. An in-place form becomes the plain one, and whoever reads the overwritten value later reads
-the result instead. Each node remembers in ``meta["origin"]`` how the user wrote it, which is what a QConfigMapping
+evaluation mode disappear. An in-place form becomes the plain one, and whoever reads what was overwritten later, by
+whatever name, reads the result instead (``aliases.py``). Each node remembers in ``meta["origin"]`` how the user wrote it, which is what a QConfigMapping
 speaks of.
 """
 
@@ -23,15 +23,23 @@ from torch.fx.proxy import Scope, ScopeContextManager
 from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
-from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
-from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
+from qcore.fx.aliases import Aliases
+from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer, factories_recorded
+from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
+from qcore.fx.inplace import LASTING, MAKING, given, with_call, with_item, with_view
 from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.values import Value, values_in
+from qcore.fx.operators import ADD, GETITEM, MUL, operator_of
+from qcore.fx.values import INPLACE_OPERATORS, UndecidableError, Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+_OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
+_PLAIN_OPERATORS = dict(INPLACE_OPERATORS.values())
+#: Methods that turn a tensor into a view of itself and write nothing.
+_TURNING = frozenset({"detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"})
+_REFUSED = frozenset({"as_strided_", "rename_", "resize_", "resize_as_", "set_", "apply_", "map_", "map2_"})
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -84,7 +92,9 @@ class NormalFormTracer(ExampleTracer):
         self._signature = signature
         self._path = path
         self._calls: Counter[tuple[str, ObjectType]] = Counter() if calls is None else calls
-        self._overwritten: dict[fx.Node, fx.Node] = {}
+        self.aliases = Aliases(self, self._add_node, self._external)
+        self._is_written = False
+        self._tensors: set[fx.Node] = set()
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
         self._origin: Origin | None = None
@@ -127,9 +137,37 @@ class NormalFormTracer(ExampleTracer):
             return value
         return pytree.tree_map_only(Value, self._opened, tuple(value))
 
-    def overwrite(self, value: Value, by: fx.Proxy) -> None:
-        """From here on, whoever reads ``value`` reads ``by``."""
-        self._overwritten[self._current(value.node)] = by.node
+    def current(self, node: fx.Node) -> fx.Node:
+        """What to read in the place of a node that may have been overwritten."""
+        return self.aliases.current(node)
+
+    def set_item(self, value: Value, index: Any, item: Any) -> None:
+        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
+        index = self.create_arg(index)
+        if not (issubclass(type(item), Value) and self.aliases.is_item(item.node, value.node, index)):
+            self.create_proxy("call_method", "__setitem__", (value, index, item), {})
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a value is a tensor, rather than a number or a tuple; the examples are asked where nothing else tells."""
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            op = operator_of(current)
+            if current.op in ("placeholder", "get_attr") or current in self._tensors:
+                break
+            if op in (ADD, MUL):  # Python's own, of numbers or of tensors.
+                pending.extend(current.all_input_nodes)
+            elif op is not None and op is not GETITEM:
+                break
+        else:
+            if self.is_size(node):
+                return False
+            value = self.proxy(node)
+            assert isinstance(value, Value)
+            if self._examples is not None and not isinstance(self.example(value), torch.Tensor):
+                return False
+        self._tensors.add(node)
+        return True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
@@ -173,11 +211,17 @@ class NormalFormTracer(ExampleTracer):
     def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         if m is self.root:
             raise TraceError(f"{type(m).__name__} is not known to qcore", path, None)
-        self._origin = self._make_origin(type(m), True, path)
-        result = self.create_proxy("call_module", path, args, kwargs)
-        if getattr(m, "inplace", False) is True and args and isinstance(args[0], fx.Proxy):
-            self._overwritten[self._current(args[0].node)] = result.node
-        return result
+        origin = self._make_origin(type(m), True, path)
+        is_inplace = getattr(m, "inplace", False) is True and type(m).__module__.startswith("torch.nn.")
+        if not is_inplace or not args or not isinstance(args[0], Value):
+            self._origin = origin
+            return self.create_proxy("call_module", path, args, kwargs)
+        node = self.current(args[0].node)
+        copied = self.proxy(self._add_node("call_method", "clone", (node,), {}, is_fresh=True))
+        self._origin = origin
+        result = self.create_proxy("call_module", path, (copied, *args[1:]), kwargs)
+        self._overwrite(node, result.node)
+        return args[0]
 
     def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
@@ -244,8 +288,13 @@ class NormalFormTracer(ExampleTracer):
         self._origin = origin
         proxy = self.create_proxy("call_function", call.operator.function, call.args, {}, name.replace(".", "_"))
         if call.inplace and isinstance(call.args[0], fx.Proxy):
-            self._overwritten[call.args[0].node] = proxy.node
+            self._overwrite(self.current(call.args[0].node), proxy.node)
+            return call.args[0]
         return proxy
+
+    def _overwrite(self, node: fx.Node, by: fx.Node) -> None:
+        by.meta["overwrites"] = True
+        self.aliases.overwrite(node, by)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
@@ -254,7 +303,10 @@ class NormalFormTracer(ExampleTracer):
                 result = target(*args, **kwargs)
                 if isinstance(result, Value):  # fx knows no other.
                     return result
-        return super().create_proxy(kind, target, args, kwargs, *others, **options)
+        self._is_written = False
+        proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        # What a write gives back is the overwritten tensor itself.
+        return args[0] if self._is_written and isinstance(args[0], Value) else proxy
 
     def create_node(
         self,
@@ -266,34 +318,64 @@ class NormalFormTracer(ExampleTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Add a node; a call of a known function or method takes its normal form."""
-        if self._overwritten:
-            args = fx.map_arg(args, self._current)
-            kwargs = fx.map_arg(kwargs, self._current)
         origin = None
         if kind != "get_attr":  # A tensor among the arguments of the call that the origin is of.
             origin, self._origin = self._origin, None
-        inplace = False
-        if kind in ("call_function", "call_method") and origin is None and target is not check_size:
+        if kind == "output":
+            self.aliases.write_inputs()
+        is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
+        args, kwargs = fx.map_arg((args, kwargs), self.aliases.latest if is_shape else self.current)
+        written: fx.Node | None = None
+        if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
+            if kwargs.get("out") is not None:
+                raise UndecidableError("it writes a result into out=...")
             call = self._normal_form(target, args, kwargs)
-            inplace = call.inplace if call is not None else _writes_in_place(target, kwargs)
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
+            is_written = _writes_in_place(target, kwargs) or (call is not None and call.inplace)
+            if is_written and args and isinstance(args[0], fx.Node):
+                written = args[0]
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-        node = super().create_node(kind, target, (), {}, name, type_expr)
-        set_arguments(node, args, kwargs)  # Afterwards, as in ``new_node``.
-        self.note(node)
-        if origin is not None:
-            node.meta["origin"] = origin
-        if inplace and args and isinstance(args[0], fx.Node):
-            self._overwritten[args[0]] = node
+            elif written is not None:
+                if target == "requires_grad_":
+                    return written
+                is_turned = target in _TURNING
+                kind, target, args, kwargs = _not_in_place(kind, target, args, kwargs)
+                if is_turned:
+                    node = self._add_node(kind, target, args, kwargs, origin)
+                    self.aliases.rebind(written, node)
+                    self._is_written = True
+                    return node
+        node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_fresh=written is not None)
+        if written is not None:
+            self._overwrite(written, node)
+            self._is_written = True
         return node
 
-    def _current(self, node: fx.Node) -> fx.Node:
-        while node in self._overwritten:
-            node = self._overwritten[node]
+    def _add_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        origin: Origin | None = None,
+        name: str | None = None,
+        type_expr: Any | None = None,
+        is_fresh: bool = False,
+    ) -> fx.Node:
+        node = super().create_node(kind, target, (), {}, name, type_expr)
+        set_arguments(node, args, kwargs)  # Afterwards, as in ``new_node``.
+        if origin is not None:
+            node.meta["origin"] = origin
+        self.note(node)
+        self.aliases.joined(node, is_fresh)
         return node
+
+    def _external(self, node: fx.Node) -> str:
+        """The name of a tensor that lives longer than a call of the forward."""
+        return str(node.target) if node.op == "get_attr" and node.target not in self.constants else ""
 
     @staticmethod
     def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -307,8 +389,6 @@ class NormalFormTracer(ExampleTracer):
             call = form(*args, **kwargs)
         except (TypeError, ValueError):
             return None  # Arguments that the form doesn't know: the call stays as it is.
-        if call is not None and target in INPLACE:
-            return Call(call.operator, call.args, inplace=True)
         return call
 
 
@@ -320,11 +400,30 @@ def _is_users(target: Any) -> bool:
 
 
 def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call without a normal form overwrites its first argument, by torch's way of naming."""
-    if kwargs.get("inplace") is True:
+    """Whether a call overwrites its first argument, by torch's way of naming."""
+    if kwargs.get("inplace") is True or target == "__setitem__" or target in _PLAIN_OPERATORS:
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or target in INPLACE
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _not_in_place(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+    """The call that computes what another writes into its first argument."""
+    if target == "__setitem__":
+        return "call_function", with_item, args, kwargs
+    if target in _PLAIN_OPERATORS:
+        return kind, _PLAIN_OPERATORS[target], args, kwargs
+    if kwargs.get("inplace") is True:
+        return kind, target, args, {name: value for name, value in kwargs.items() if name != "inplace"}
+    name = target if isinstance(target, str) else target.__name__
+    if name in _REFUSED or not hasattr(torch.Tensor, name):
+        raise UndecidableError(f"it calls {name}, which changes a tensor in place")
+    # Of random numbers the two forms differ.
+    if hasattr(torch.Tensor, name[:-1]) and name != "bernoulli_":
+        return "call_method", name[:-1], args, kwargs
+    return "call_function", with_call, (args[0], name, *args[1:]), kwargs
 
 
 def trace(
@@ -360,7 +459,10 @@ def trace(
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
     drop_unread(graph)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
+        if node.target == "contiguous" and not any(user.target is with_view for user in node.users):
+            node.replace_all_uses_with(node.args[0])  # In a graph without writes a copy is as good as what it is of.
+            graph.erase_node(node)
         node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
     return QGraphModule.of(_Root(model, graph, tracer.constants, copies), graph, is_raw=True)
 
