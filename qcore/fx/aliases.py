@@ -61,6 +61,7 @@ class _View:
         call: the node that gave it first.
         value: what it is now, or was after ``writes`` writes.
         writes: see there.
+        turned: what its names mean since ``x.t_()`` or the like.
     """
 
     def __init__(self, memory: _Memory, parent: "_View | None", call: fx.Node, value: Value) -> None:
@@ -69,6 +70,7 @@ class _View:
         self.call = call
         self.value = value  # A Value, as the tracer forgets what a node is on the examples once nobody holds one.
         self.writes = memory.writes
+        self.turned: _View | None = None
 
 
 class Aliases:
@@ -92,17 +94,23 @@ class Aliases:
 
     def latest(self, node: fx.Node) -> fx.Node:
         """What has a value's present shape; its data may be of before a write."""
-        view = self._views.get(node)
+        view = self._view(node)
         return node if view is None else view.value.node
+
+    def _view(self, node: fx.Node) -> _View | None:
+        view = self._views.get(node)
+        while view is not None and view.turned is not None:
+            view = view.turned
+        return view
 
     def is_same(self, first: fx.Node, second: fx.Node) -> bool:
         """Whether two nodes are one tensor to Python, before and after writes."""
-        view = self._views.get(first)
-        return first is second or (view is not None and view is self._views.get(second))
+        view = self._view(first)
+        return first is second or (view is not None and view is self._view(second))
 
     def is_item(self, node: fx.Node, of: fx.Node, index: Any) -> bool:
         """Whether a value is ``of[index]`` itself: Python writes it there once more at the end of ``x[0] += 1``."""
-        view, parent = self._views.get(node), self._views.get(of)
+        view, parent = self._view(node), self._view(of)
         if view is None or parent is None or view.parent is not parent:
             return False
         return operator_of(view.call) is GETITEM and bool(view.call.args[1] == index)
@@ -113,7 +121,7 @@ class Aliases:
         Raises:
             UndecidableError: that isn't known, since something that may be a view of it was written.
         """
-        view = self._views.get(node)
+        view = self._view(node)
         if view is None:
             return node
         memory, behind = view.memory, []
@@ -126,7 +134,8 @@ class Aliases:
         source = view.value.node
         for view in reversed(behind):
             call = view.call
-            made = self._add_node(call.op, call.target, (source, *call.args[1:]), call.kwargs, call.meta.get("origin"))
+            args = (source, *call.args[1:])
+            made = self._add_node(call.op, call.target, args, call.kwargs, call.meta.get("origin"), is_fresh=True)
             view.value, view.writes = self._value(made), memory.writes
             self._views[made] = view
             source = made
@@ -147,7 +156,8 @@ class Aliases:
         """
         if node not in self._views:
             self._explore(node)
-        view = self._views[node]
+        view = self._view(node)
+        assert view is not None
         memory, root = view.memory, view.memory.root
         self._lose_linked(memory)
         if name := self._external(root.call):
@@ -179,7 +189,7 @@ class Aliases:
             raise UndecidableError(f"it changes the shape of {root.target}, which isn't its own")
         if to not in self._views:
             self._place(to)
-        self._views[node] = self._views[to]
+        self._views[node].turned = self._views[to]
 
     def write_inputs(self) -> None:
         """At the end of a trace: let the graph write its inputs.

@@ -93,17 +93,23 @@ class ExampleTracer(fx.Tracer):
         """What to read in the place of a node that may have been overwritten."""
         return node
 
+    def latest(self, node: fx.Node) -> fx.Node:
+        """What has a value's present shape; its data may be of before a write."""
+        return node
+
     def has_example(self, value: Value) -> bool:
         """Whether it is known what a value is on the example inputs."""
         return self._examples is not None
 
     def example(self, value: Value) -> Any:
-        """What a value is on the example inputs; the graph runs up to there.
+        """What a value is on the example inputs, but for what was written since; the graph runs up to there.
 
         It runs in order and only as far as somebody asks, so a forward that decides nothing by sizes costs nothing.
         What no value and no node to come needs any more is dropped, so it takes as much memory as the forward does.
         """
-        node = self.current(value.node)
+        return self._example(self.latest(value.node))
+
+    def _example(self, node: fx.Node) -> Any:
         if node not in self._known:
             self._run()
         return self._known[node]
@@ -175,7 +181,7 @@ class ExampleTracer(fx.Tracer):
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
-        node = value.node
+        node = self.latest(value.node)
         if node not in self._sizes:
             rank = self.rank(value)
             self._sizes[node] = Sizes(self.create_proxy("call_method", "size", (value, n), {}) for n in range(rank))
@@ -205,12 +211,12 @@ class ExampleTracer(fx.Tracer):
         Raises:
             UndecidableError: the value depends on data.
         """
-        node = value.node
+        node = self.current(value.node)
         if not self.has_example(value):
             raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
         if self._depends_on_data(node):
             raise UndecidableError(f"it decides by the data in {node.name}, which differs from input to input")
-        example = self.example(value)
+        example = self._example(node)
         number = example.item() if isinstance(example, torch.Tensor) and example.numel() == 1 else example
         if not isinstance(example, torch.Tensor):
             if is_sure:

@@ -29,12 +29,14 @@ from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
 from qcore.fx.inplace import LASTING, MAKING, given, with_call, with_item, with_view
 from qcore.fx.nodes import drop_unread, set_arguments
+from qcore.fx.real_calls import RealCalls, shares_memory
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.operators import ADD, GETITEM, MUL, operator_of
+from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, operator_of
 from qcore.fx.values import INPLACE_OPERATORS, UndecidableError, Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+_MODULE_STATE = frozenset(vars(nn.Module()))
 _OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
 _PLAIN_OPERATORS = dict(INPLACE_OPERATORS.values())
 #: Methods that turn a tensor into a view of itself and write nothing.
@@ -97,6 +99,8 @@ class NormalFormTracer(ExampleTracer):
         self._tensors: set[fx.Node] = set()
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
+        self._real_calls = RealCalls(lambda: self.is_evaluating)
+        self._captured: dict[int, tuple[torch.Tensor, int, str]] = {}
         self._origin: Origin | None = None
         self.failed_path: str | None = None
 
@@ -112,16 +116,29 @@ class NormalFormTracer(ExampleTracer):
 
         def call(root: nn.Module, *tensors: Any) -> Any:
             args, kwargs = signature.arguments(tensors)
+            given, spec = pytree.tree_flatten((args, kwargs))
             if self._path:  # A part of the user's model may be a known module itself.
                 result = self.call_module(root, lambda *a, **k: root_fn(root, *a, **k), tuple(args), kwargs)
             else:
                 result = root_fn(root, *args, **kwargs)
+            left, left_spec = pytree.tree_flatten((args, kwargs))
+            if left_spec != spec or not all(map(self._is_same, given, left)):
+                raise UndecidableError("it changes a container among its arguments")
             return self._result(signature, result)
 
         return call, [self.root, *tensors]
 
+    def _is_same(self, first: Any, second: Any) -> bool:
+        if issubclass(type(first), Value) and issubclass(type(second), Value):
+            return self.aliases.is_same(first.node, second.node)
+        return first is second
+
     def _result(self, signature: CallSignature, result: Any) -> Any:
         result = pytree.tree_map_only(Value, self._opened, result)
+        # A tensor that the forward made is a new one at each call.
+        result = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: self.create_proxy("call_method", "clone", (tensor,), {}), result
+        )
         form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
         self.settle_all()
         if signature.is_plain and form.is_plain:
@@ -141,10 +158,14 @@ class NormalFormTracer(ExampleTracer):
         """What to read in the place of a node that may have been overwritten."""
         return self.aliases.current(node)
 
+    def latest(self, node: fx.Node) -> fx.Node:
+        """What has a value's present shape; its data may be of before a write."""
+        return self.aliases.latest(node)
+
     def set_item(self, value: Value, index: Any, item: Any) -> None:
         """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
-        index = self.create_arg(index)
-        if not (issubclass(type(item), Value) and self.aliases.is_item(item.node, value.node, index)):
+        is_value = issubclass(type(item), Value)
+        if not is_value or not self.aliases.is_item(item.node, value.node, self.create_arg(index)):
             self.create_proxy("call_method", "__setitem__", (value, index, item), {})
 
     def is_tensor(self, node: fx.Node) -> bool:
@@ -157,7 +178,7 @@ class NormalFormTracer(ExampleTracer):
                 break
             if op in (ADD, MUL):  # Python's own, of numbers or of tensors.
                 pending.extend(current.all_input_nodes)
-            elif op is not None and op is not GETITEM:
+            elif op not in (None, GETITEM, CHUNK, SPLIT):
                 break
         else:
             if self.is_size(node):
@@ -242,7 +263,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with factories_recorded(self), self.with_own_isinstance(type(root).forward):
+        with factories_recorded(self), self.with_own_isinstance(type(root).forward), self._real_calls:
             return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -264,12 +285,21 @@ class NormalFormTracer(ExampleTracer):
             if id(a) in self._tensor_paths:
                 return self._tensor(self._tensor_paths[id(a)]).node
             if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
-                # A tensor that the forward made; fx would leave it on the user's model.
-                name = f"_tensor_constant{len(self.constants)}"
-                self.constants[name] = a.detach().clone()  # It may be the user's, from a list of theirs.
-                self._tensor_paths[id(a)] = name
-                return self._tensor(name).node
+                return self._tensor(self._constant(a)).node
         return super().create_arg(a)
+
+    def _constant(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor that the forward made; fx would leave it on the user's model."""
+        version = 0 if tensor.is_inference() else tensor._version
+        known = self._captured.get(id(tensor))
+        if known is not None and known[1] == version:
+            return known[2]
+        if self._real_calls.is_written(tensor):
+            raise UndecidableError("it writes data into a tensor of which it made a view before")
+        name = f"_tensor_constant{len(self.constants)}"
+        self.constants[name] = tensor.detach().clone()  # The forward may change it, or it may be the user's.
+        self._captured[id(tensor)] = (tensor, version, name)  # And another tensor may get its number once it is gone.
+        return name
 
     def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
         tensor = module._parameters.get(name, module._buffers.get(name))
@@ -324,7 +354,7 @@ class NormalFormTracer(ExampleTracer):
         if kind == "output":
             self.aliases.write_inputs()
         is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
-        args, kwargs = fx.map_arg((args, kwargs), self.aliases.latest if is_shape else self.current)
+        args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
         written: fx.Node | None = None
         if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
@@ -334,7 +364,9 @@ class NormalFormTracer(ExampleTracer):
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
             is_written = _writes_in_place(target, kwargs) or (call is not None and call.inplace)
-            if is_written and args and isinstance(args[0], fx.Node):
+            if is_written:
+                if not args or not isinstance(args[0], fx.Node):
+                    raise UndecidableError(f"it calls {_name(target)}, which changes tensors in place")
                 written = args[0]
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
@@ -374,8 +406,17 @@ class NormalFormTracer(ExampleTracer):
         return node
 
     def _external(self, node: fx.Node) -> str:
-        """The name of a tensor that lives longer than a call of the forward."""
-        return str(node.target) if node.op == "get_attr" and node.target not in self.constants else ""
+        """What a tensor is called that a graph can't write; notes that another one is written by the graph."""
+        if node.op != "get_attr":
+            return ""
+        if node.target not in self.constants:
+            return str(node.target)
+        (tensor,) = (tensor for tensor, _, name in self._captured.values() if name == node.target)
+        others = [t for t, _, name in self._captured.values() if t is not tensor and shares_memory(t, tensor)]
+        if others or not self._real_calls.is_made(tensor):
+            return "a tensor outside of its modules"
+        self._real_calls.note_written(tensor)
+        return ""
 
     @staticmethod
     def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -403,8 +444,12 @@ def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call overwrites its first argument, by torch's way of naming."""
     if kwargs.get("inplace") is True or target == "__setitem__" or target in _PLAIN_OPERATORS:
         return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = _name(target)
     return name.endswith("_") and not name.endswith("__")
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
 def _not_in_place(
@@ -417,7 +462,7 @@ def _not_in_place(
         return kind, _PLAIN_OPERATORS[target], args, kwargs
     if kwargs.get("inplace") is True:
         return kind, target, args, {name: value for name, value in kwargs.items() if name != "inplace"}
-    name = target if isinstance(target, str) else target.__name__
+    name = _name(target)
     if name in _REFUSED or not hasattr(torch.Tensor, name):
         raise UndecidableError(f"it calls {name}, which changes a tensor in place")
     # Of random numbers the two forms differ.
@@ -469,29 +514,51 @@ def trace(
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Put back what a traced forward writes into its modules; a value of the graph that it keeps is an error."""
-    before = {
-        module: (dict(vars(module)), dict(module._parameters), dict(module._buffers), dict(module._modules))
+    """Put back what a traced forward writes into its modules; what a graph wouldn't write is an error."""
+    before = [
+        (module, [dict(registry) for registry in _registries(module)], _containers(vars(module)))
         for module in model.modules()
-    }
+    ]
     kept = ""
     try:
         yield
     finally:
-        for module, (attributes, parameters, buffers, modules) in before.items():
-            for name, value in vars(module).items():
-                if attributes.get(name) is not value and values_in(value):
+        for module, registries, containers in before:
+            attributes = vars(module)
+            for name, value in (*attributes.items(), *module._parameters.items(), *module._buffers.items()):
+                is_counted = type(value) in (int, float, bool) and type(registries[-1].get(name, "")) in (int, float, bool)
+                if name not in _MODULE_STATE and (values_in(value) or (is_counted and registries[-1][name] != value)):
                     kept = f"{type(module).__name__}.{name}"
-            vars(module).clear()
-            vars(module).update(attributes)
-            registries: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-                (module._parameters, parameters), (module._buffers, buffers), (module._modules, modules),
-            )  # fmt: skip
-            for own, saved in registries:
-                own.clear()
-                own.update(saved)
+            for container, content in containers:
+                _refill(container, content)
+            for own, saved in zip(_registries(module), registries, strict=True):
+                _refill(own, saved)
     if kept:
         raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules, vars(module)  # type: ignore[return-value]
+
+
+def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The lists and dictionaries among a module's attributes, each with what is in it."""
+    found = []
+    pending = [value for name, value in attributes.items() if name not in _MODULE_STATE]
+    while pending:
+        value = pending.pop()
+        if type(value) in (list, dict):
+            found.append((value, copy.copy(value)))
+            pending.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        container.update(content)
+    else:
+        container.extend(content)
 
 
 def _identifier(name: str) -> str:
