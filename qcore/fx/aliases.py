@@ -92,6 +92,11 @@ class Aliases:
         self._fresh: set[fx.Node] = set()
         self._written: dict[fx.Node, _Memory] = {}
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether there was a write."""
+        return bool(self._views)
+
     def latest(self, node: fx.Node) -> fx.Node:
         """What has a value's present shape; its data may be of before a write."""
         view = self._view(node)

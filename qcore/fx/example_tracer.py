@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -16,6 +16,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from qcore.fx.graph_module import computed, submodule
+from qcore.fx.operators import Kind, operator_of
+from qcore.fx.real_calls import RealCalls
 from qcore.fx.signature import check_size
 from qcore.fx.values import UndecidableError, Value, values_in
 
@@ -44,13 +46,14 @@ class ExampleTracer(fx.Tracer):
         super().__init__()
         self.is_evaluating = False
         self.constants: dict[str, torch.Tensor] = {}
+        self.real_calls = RealCalls()
         self._examples = examples
         self._order: list[fx.Node] = []
         self._evaluated = 0
         self._known: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, frozenset[fx.Node]] = {}
-        self._unread: Counter[fx.Node] = Counter()
-        self._holders: Counter[fx.Node] = Counter()
+        self._unread: defaultdict[fx.Node, int] = defaultdict(int)
+        self._holders: defaultdict[fx.Node, int] = defaultdict(int)
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
         self._settled: set[fx.Node] = set()
         self._from_inputs: set[fx.Node] = set()
@@ -127,12 +130,14 @@ class ExampleTracer(fx.Tracer):
             return
         self.is_evaluating = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.real_calls.paused():
                 while self._evaluated < len(self._order):
                     node = self._order[self._evaluated]
                     value = self._known[node] = self._value_of(node)
                     sources = node.all_input_nodes
-                    if storages := _storages(value):
+                    op = operator_of(node)
+                    is_fresh = op is not None and op.kind is not Kind.MOVE
+                    if not is_fresh and (storages := _storages(value)):
                         shared = [s for s in sources if not storages.isdisjoint(_storages(self._known[s]))]
                         if shared:
                             self._shared[node] = frozenset(shared)

@@ -4,28 +4,43 @@ Such calls are made once, and what they give becomes constants of the graph. Tha
 makes itself; one that was there before is the state of something, and a graph wouldn't write it again.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from qcore.fx.values import UndecidableError
 
 
 class RealCalls(TorchDispatchMode):
-    """Watches torch's operators.
+    """Watches torch's operators."""
 
-    Args:
-        is_own: whether the tracer itself calls them at the moment.
-    """
-
-    def __init__(self, is_own: Callable[[], bool]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._is_own = is_own
+        self._is_paused = False
         self._made: dict[int, Any] = {}  # The storages too, lest another gets the same number.
         self._written: set[int] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # Else the first call would import the compiler.
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the tracer itself calls operators."""
+        is_innermost = _get_current_dispatch_mode() is self
+        if is_innermost:  # As it always is, but in a forward with a mode of its own.
+            self.__exit__(None, None, None)
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            if is_innermost:
+                self.__enter__()
 
     def is_made(self, tensor: Tensor) -> bool:
         """Whether the forward made a tensor, or what it is a view of."""
@@ -48,7 +63,7 @@ class RealCalls(TorchDispatchMode):
             UndecidableError: a graph couldn't do the same.
         """
         kwargs = kwargs or {}
-        if self._is_own():
+        if self._is_paused:
             return func(*args, **kwargs)
         schema, known = func._schema, set()
         for place, argument in enumerate(schema.arguments):

@@ -29,7 +29,7 @@ from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
 from qcore.fx.inplace import LASTING, MAKING, given, with_call, with_item, with_view
 from qcore.fx.nodes import drop_unread, set_arguments
-from qcore.fx.real_calls import RealCalls, shares_memory
+from qcore.fx.real_calls import shares_memory
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
 from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, operator_of
 from qcore.fx.values import INPLACE_OPERATORS, UndecidableError, Value, values_in
@@ -99,7 +99,6 @@ class NormalFormTracer(ExampleTracer):
         self._tensors: set[fx.Node] = set()
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
-        self._real_calls = RealCalls(lambda: self.is_evaluating)
         self._captured: dict[int, tuple[torch.Tensor, int, str]] = {}
         self._origin: Origin | None = None
         self.failed_path: str | None = None
@@ -263,7 +262,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with factories_recorded(self), self.with_own_isinstance(type(root).forward), self._real_calls:
+        with factories_recorded(self), self.with_own_isinstance(type(root).forward), self.real_calls:
             return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -294,10 +293,11 @@ class NormalFormTracer(ExampleTracer):
         known = self._captured.get(id(tensor))
         if known is not None and known[1] == version:
             return known[2]
-        if self._real_calls.is_written(tensor):
+        if self.real_calls.is_written(tensor):
             raise UndecidableError("it writes data into a tensor of which it made a view before")
         name = f"_tensor_constant{len(self.constants)}"
-        self.constants[name] = tensor.detach().clone()  # The forward may change it, or it may be the user's.
+        with self.real_calls.paused():
+            self.constants[name] = tensor.detach().clone()  # The forward may change it, or it may be the user's.
         self._captured[id(tensor)] = (tensor, version, name)  # And another tensor may get its number once it is gone.
         return name
 
@@ -309,7 +309,7 @@ class NormalFormTracer(ExampleTracer):
 
     def _tensor(self, target: str) -> fx.Proxy:
         if target not in self._attributes:
-            self._attributes[target] = self.proxy(self.create_node("get_attr", target, (), {}))
+            self._attributes[target] = self.proxy(self._add_node("get_attr", target, (), {}))
         return self._attributes[target]
 
     def _emit(self, call: Call, name: str, origin: Origin) -> Any:
@@ -353,8 +353,9 @@ class NormalFormTracer(ExampleTracer):
             origin, self._origin = self._origin, None
         if kind == "output":
             self.aliases.write_inputs()
-        is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
-        args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
+        if self.aliases.is_watching:
+            is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
+            args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
         written: fx.Node | None = None
         if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
@@ -402,7 +403,8 @@ class NormalFormTracer(ExampleTracer):
         if origin is not None:
             node.meta["origin"] = origin
         self.note(node)
-        self.aliases.joined(node, is_fresh)
+        if kind != "get_attr":
+            self.aliases.joined(node, is_fresh)
         return node
 
     def _external(self, node: fx.Node) -> str:
@@ -413,9 +415,9 @@ class NormalFormTracer(ExampleTracer):
             return str(node.target)
         (tensor,) = (tensor for tensor, _, name in self._captured.values() if name == node.target)
         others = [t for t, _, name in self._captured.values() if t is not tensor and shares_memory(t, tensor)]
-        if others or not self._real_calls.is_made(tensor):
+        if others or not self.real_calls.is_made(tensor):
             return "a tensor outside of its modules"
-        self._real_calls.note_written(tensor)
+        self.real_calls.note_written(tensor)
         return ""
 
     @staticmethod
@@ -524,17 +526,25 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, registries, containers in before:
-            attributes = vars(module)
-            for name, value in (*attributes.items(), *module._parameters.items(), *module._buffers.items()):
-                is_counted = type(value) in (int, float, bool) and type(registries[-1].get(name, "")) in (int, float, bool)
-                if name not in _MODULE_STATE and (values_in(value) or (is_counted and registries[-1][name] != value)):
-                    kept = f"{type(module).__name__}.{name}"
+            parameters, buffers, _, attributes = registries
+            for known, now in ((attributes, vars(module)), (parameters, module._parameters), (buffers, module._buffers)):
+                for name, value in now.items():
+                    if known.get(name) is not value and name not in _MODULE_STATE and _is_state(known.get(name), value):
+                        kept = f"{type(module).__name__}.{name}"
+            if any(values_in(container) for container, _ in containers):
+                kept = f"a container of {type(module).__name__}"
             for container, content in containers:
                 _refill(container, content)
             for own, saved in zip(_registries(module), registries, strict=True):
                 _refill(own, saved)
     if kept:
         raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
+
+
+def _is_state(before: Any, value: Any) -> bool:
+    """Whether an attribute that a forward sets is more than a note of what it found: a value, or a count."""
+    numbers = (int, float, bool)
+    return bool(values_in(value)) or (type(value) in numbers and type(before) in numbers and value != before)
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -544,12 +554,12 @@ def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
 def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
     """The lists and dictionaries among a module's attributes, each with what is in it."""
     found = []
-    pending = [value for name, value in attributes.items() if name not in _MODULE_STATE]
+    pending = [v for name, v in attributes.items() if type(v) in (list, dict) and name not in _MODULE_STATE]
     while pending:
         value = pending.pop()
-        if type(value) in (list, dict):
-            found.append((value, copy.copy(value)))
-            pending.extend(value.values() if isinstance(value, dict) else value)
+        found.append((value, copy.copy(value)))
+        inner = value.values() if isinstance(value, dict) else value
+        pending.extend(item for item in inner if type(item) in (list, dict))
     return found
 
 

@@ -45,11 +45,6 @@ class Value(fx.Proxy):
         if node is not None:
             self.tracer.released(node)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(torch.Tensor, name) and name not in ("requires_grad", "grad"):
-            raise UndecidableError(f"it assigns to .{name} of a tensor")
-        super().__setattr__(name, value)
-
     def __copy__(self) -> "Value":
         return self
 
@@ -71,6 +66,15 @@ class Value(fx.Proxy):
         if dim is None and self.tracer.has_example(self):
             return self.tracer.sizes(self)
         return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
+
+    @property
+    def data(self) -> Any:
+        """The tensor without its gradients, in the same memory."""
+        return Attribute(self, "data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise UndecidableError("it assigns to .data of a tensor")
 
     @property
     def ndim(self) -> Any:
@@ -178,17 +182,15 @@ class Attribute(Value):
 def values_in(argument: Any) -> list[Value]:
     """The traced values among nested arguments."""
     found: list[Value] = []
-
-    def look(item: Any) -> None:
+    pending = [argument]
+    while pending:
+        item = pending.pop()
         if issubclass(type(item), Value):
             found.append(item)
         elif type(item) is slice:
-            look((item.start, item.stop, item.step))
+            pending.extend((item.start, item.stop, item.step))
         elif isinstance(item, dict):
-            look(list(item.values()))
+            pending.extend(item.values())
         elif isinstance(item, (tuple, list)):
-            for entry in item:
-                look(entry)
-
-    look(argument)
+            pending.extend(item)
     return found
