@@ -10,6 +10,7 @@ from torch import nn
 
 from qcore.errors import TraceError
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
+from qcore.fx.inplace import given, write_back
 from qcore.fx.operators import operator_of
 from qcore.fx.tracer import trace
 
@@ -20,7 +21,7 @@ def calls(function_or_module):
     return [
         (operator_of(n).name, *(a for a in n.args if not isinstance(a, torch.fx.Node)))
         for n in graph.nodes
-        if n.op == "call_function"
+        if n.op == "call_function" and n.target not in (given, write_back)  # An in-place form writes its input.
     ]
 
 

@@ -6,32 +6,33 @@ import inspect
 import math
 import operator
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from qcore.fx.graph_module import computed
+from qcore.fx.graph_module import computed, submodule
+from qcore.fx.operators import Kind, operator_of
+from qcore.fx.real_calls import RealCalls
 from qcore.fx.signature import check_size
-from qcore.fx.values import Value, values_in
+from qcore.fx.values import UndecidableError, Value, values_in
 
 #: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
 _FACTORIES = (
     "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros",
 )  # fmt: skip
 _VARIADIC_FACTORIES = ("empty", "ones", "rand", "randn", "zeros")
-_SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
-_NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
+SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
+#: Python's own arithmetic.
+NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
 
 
 # fx and this module replace functions of torch while they trace; what two threads replace, neither could put back.
 _one_trace_at_a_time = threading.Lock()
-
-
-class UndecidableError(Exception):
-    """The forward decides by data, which a graph can't."""
 
 
 class ExampleTracer(fx.Tracer):
@@ -45,55 +46,118 @@ class ExampleTracer(fx.Tracer):
         super().__init__()
         self.is_evaluating = False
         self.constants: dict[str, torch.Tensor] = {}
+        self.real_calls = RealCalls()
         self._examples = examples
         self._order: list[fx.Node] = []
+        self._evaluated = 0
         self._known: dict[fx.Node, Any] = {}
+        self._shared: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._unread: defaultdict[fx.Node, int] = defaultdict(int)
+        self._holders: defaultdict[fx.Node, int] = defaultdict(int)
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
         self._settled: set[fx.Node] = set()
         self._from_inputs: set[fx.Node] = set()
-        self._asked: list[tuple[fx.Node, Any, tuple[int, int]]] = []
+        self._asked: list[tuple[fx.Node, Any]] = []
+        self._asked_again: list[fx.Node] | None = None
         self._rank_was_read = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The value of a node, as a forward sees it."""
+        self._holders[node] += 1
         return Value(node, self)
+
+    def released(self, node: fx.Node) -> None:
+        """A forward dropped a value: what it is on the examples is forgotten once the nodes that read it are known."""
+        if not vars(self):
+            return  # The trace is over.
+        self._holders[node] -= 1
+        self._forget_if_done(node)
+
+    def _forget_if_done(self, node: fx.Node) -> None:
+        if not self._holders[node] and not self._unread[node]:
+            self._known.pop(node, None)
 
     def note(self, node: fx.Node) -> None:
         """A node was added at the end of the graph."""
         self._order.append(node)
-        if node.op == "placeholder" or not self._from_inputs.isdisjoint(node.all_input_nodes):
+        sources = node.all_input_nodes
+        for source in sources:
+            self._unread[source] += 1
+        if node.op == "placeholder" or not self._from_inputs.isdisjoint(sources):
             self._from_inputs.add(node)
 
-    def overwrite(self, value: Value, by: fx.Proxy) -> None:
-        """From here on, whoever reads ``value`` reads ``by``."""
+    def set_item(self, value: Value, index: Any, item: Any) -> None:
+        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
         raise NotImplementedError
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a value is a tensor, rather than a number or a tuple."""
+        raise NotImplementedError
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """What to read in the place of a node that may have been overwritten."""
+        return node
+
+    def latest(self, node: fx.Node) -> fx.Node:
+        """What has a value's present shape; its data may be of before a write."""
+        return node
 
     def has_example(self, value: Value) -> bool:
         """Whether it is known what a value is on the example inputs."""
         return self._examples is not None
 
     def example(self, value: Value) -> Any:
-        """What a value is on the example inputs; the graph runs up to there.
+        """What a value is on the example inputs, but for what was written since; the graph runs up to there.
 
         It runs in order and only as far as somebody asks, so a forward that decides nothing by sizes costs nothing.
+        What no value and no node to come needs any more is dropped, so it takes as much memory as the forward does.
         """
-        node = value.node
+        return self._example(self.latest(value.node))
+
+    def _example(self, node: fx.Node) -> Any:
         if node not in self._known:
-            self.is_evaluating = True
-            try:
-                with torch.no_grad():
-                    for earlier in self._order[len(self._known) :]:
-                        self._known[earlier] = self._evaluated(earlier)
-            finally:
-                self.is_evaluating = False
+            self._run()
         return self._known[node]
 
-    def _evaluated(self, node: fx.Node) -> Any:
+    def shares(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a node's value lies in the memory of one of its inputs on the example inputs, as far as is known."""
+        if self._examples is None:
+            return node.op != "call_module" or not type(submodule(self.root, str(node.target))).__module__.startswith("torch.nn.")
+        self._run()
+        return source in self._shared.get(node, ())
+
+    def _run(self) -> None:
+        """Evaluate what was added to the graph."""
+        if self._evaluated == len(self._order):
+            return
+        self.is_evaluating = True
+        try:
+            with torch.no_grad(), self.real_calls.paused():
+                while self._evaluated < len(self._order):
+                    node = self._order[self._evaluated]
+                    value = self._known[node] = self._value_of(node)
+                    sources = node.all_input_nodes
+                    op = operator_of(node)
+                    is_fresh = op is not None and op.kind is not Kind.MOVE
+                    if not is_fresh and (storages := _storages(value)):
+                        shared = [s for s in sources if not storages.isdisjoint(_storages(self._known[s]))]
+                        if shared:
+                            self._shared[node] = frozenset(shared)
+                    self._evaluated += 1
+                    for source in sources:
+                        self._unread[source] -= 1
+                        self._forget_if_done(source)
+                    if self._evaluated < len(self._order):  # Else it may be about to become a value.
+                        self._forget_if_done(node)
+        finally:
+            self.is_evaluating = False
+
+    def _value_of(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._known.__getitem__)
         target: Any = node.target
         if node.op == "placeholder":
             assert self._examples is not None
-            return self._examples[len(self._known)].clone()
+            return self._examples[self._evaluated].clone()
         if node.op == "get_attr" and target in self.constants:
             return self.constants[target]
         return computed(node, args, kwargs, self.root)
@@ -124,7 +188,7 @@ class ExampleTracer(fx.Tracer):
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
-        node = value.node
+        node = self.latest(value.node)
         if node not in self._sizes:
             rank = self.rank(value)
             self._sizes[node] = Sizes(self.create_proxy("call_method", "size", (value, n), {}) for n in range(rank))
@@ -138,39 +202,60 @@ class ExampleTracer(fx.Tracer):
     def is_size(self, node: fx.Node) -> bool:
         """Whether a node is a number that comes from sizes."""
         if node.op == "call_method":
-            return node.target in _SIZE_METHODS
+            return node.target in SIZE_METHODS
         module = getattr(node.target, "__module__", None)
-        if node.op != "call_function" or module not in _NUMBER_MODULES or node.target is getattr:
+        if node.op != "call_function" or module not in NUMBER_MODULES or node.target is getattr:
             return False
         return bool(node.all_input_nodes) and all(self.is_size(source) for source in node.all_input_nodes)
 
-    def settle(self, value: Value, asked_at: tuple[int, int] | None = None) -> Any:
+    def settle(self, value: Value, is_sure: bool = True) -> Any:
         """The number that a value is on the example inputs; the graph will check that it is the same.
 
         Args:
             value: a size, or what was computed from sizes.
-            asked_at: the instruction that asks, if it isn't sure that anything is decided by the answer.
+            is_sure: whether something is decided by the answer; if not, ``forget_asked`` may take it back.
 
         Raises:
             UndecidableError: the value depends on data.
         """
-        node = value.node
+        node = self.current(value.node)
         if not self.has_example(value):
             raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
         if self._depends_on_data(node):
             raise UndecidableError(f"it decides by the data in {node.name}, which differs from input to input")
-        example = self.example(value)
+        example = self._example(node)
         number = example.item() if isinstance(example, torch.Tensor) and example.numel() == 1 else example
         if not isinstance(example, torch.Tensor):
-            if asked_at is None:
+            if is_sure:
                 self._settle(node, number)
+            elif self._asked_again is None:
+                self._asked.append((node, number))
             else:
-                self._asked.append((node, number, asked_at))
+                self._asked_again.append(node)
         return number
 
-    def forget_asked(self, asked_at: tuple[int, int]) -> None:
-        """Nothing was decided by what this instruction asked for."""
-        self._asked = [item for item in self._asked if item[2] != asked_at]
+    def forget_asked(self, ask_again: Callable[[], Any]) -> bool:
+        """A function of torch is to be recorded: it decided nothing by the numbers that it asked for.
+
+        Which those are shows when it is called once more: it asks the same, as the last that was asked.
+
+        Args:
+            ask_again: calls it.
+
+        Returns:
+            Whether to record it; ``False`` for that second call.
+        """
+        if self._asked_again is not None:
+            return False
+        if self._asked:
+            asked = self._asked_again = []
+            try:
+                ask_again()
+            finally:
+                self._asked_again = None
+            if asked and [node for node, _ in self._asked[-len(asked) :]] == asked:
+                del self._asked[-len(asked) :]
+        return True
 
     def _settle(self, node: fx.Node, value: Any) -> None:
         if node in self._settled or node not in self._from_inputs:
@@ -185,7 +270,7 @@ class ExampleTracer(fx.Tracer):
             current = pending.pop()
             if current.op == "placeholder":
                 return True
-            if current.op == "call_method" and current.target in _SIZE_METHODS:
+            if current.op == "call_method" and current.target in SIZE_METHODS:
                 continue
             if current.target is getattr and current.args[1] in ("device", "shape"):
                 continue
@@ -196,11 +281,13 @@ class ExampleTracer(fx.Tracer):
 
     def settle_all(self) -> None:
         """At the end of a trace: guard what was settled, and the ranks of the inputs if any rank was read."""
-        for node, value, _ in self._asked:
+        for node, value in self._asked:
             self._settle(node, value)
         if self._rank_was_read:
-            for node in [node for node in self._known if node.op == "placeholder"]:
-                self._settle(self.create_node("call_method", "dim", (node,), {}), self._known[node].dim())
+            assert self._examples is not None
+            inputs = [node for node in self._order if node.op == "placeholder"]
+            for node, example in zip(inputs, self._examples, strict=True):
+                self._settle(self.create_node("call_method", "dim", (node,), {}), example.dim())
 
 
 class Sizes(tuple[Any, ...]):
@@ -229,6 +316,15 @@ def factories_recorded(tracer: ExampleTracer) -> Iterator[None]:
         replaced: dict[str, Any] = {name: recorded(name, getattr(torch, name)) for name in _FACTORIES}
         with mock.patch.multiple(torch, **replaced):
             yield
+
+
+def _storages(value: Any) -> set[int]:
+    """What tells the memory of the tensors in a value apart."""
+    if type(value) in (int, float, bool, torch.Size):
+        return set()
+    leaves = (value,) if builtins.isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
+    tensors = (leaf for leaf in leaves if builtins.isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _described(node: fx.Node) -> str:

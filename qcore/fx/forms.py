@@ -349,15 +349,6 @@ MODULES: dict[type[nn.Module], "ModuleForm"] = {}
 #: The operator that each of them is, for patterns.
 _OPERATOR_OF_FORM: dict[Any, Operator] = {}
 
-#: Functions and methods that overwrite their first argument.
-INPLACE: set[Any] = {
-    F.hardtanh_, F.relu_, torch.relu_, torch.clamp_, F.leaky_relu_, F.elu_,
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor,
-    "relu_", "clamp_", "clip_", "add_", "mul_", "sigmoid_", "hardsigmoid_", "tanh_",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class ModuleForm:
     """How a module's call becomes its function's.
@@ -439,7 +430,6 @@ _functions(PIXEL_SHUFFLE, _factor(PIXEL_SHUFFLE), (F.pixel_shuffle,))
 _functions(PIXEL_UNSHUFFLE, _factor(PIXEL_UNSHUFFLE), (F.pixel_unshuffle,))
 _functions(CHANNEL_SHUFFLE, _factor(CHANNEL_SHUFFLE), (torch.channel_shuffle,))
 _functions(None, _dropout, (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout))
-_functions(None, _identity, ("contiguous",))
 
 for _n in (1, 2, 3):
     _module(

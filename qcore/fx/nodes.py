@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from qcore.fx.inplace import LASTING
 from qcore.fx.signature import GLOBALS, check_size
 
 #: Names that the code of a graph reads beside those of its nodes.
@@ -64,7 +65,7 @@ def copied_graph(graph: fx.Graph) -> fx.Graph:
 
 def is_impure(node: fx.Node) -> bool:
     """Whether a node stays although nothing reads it."""
-    return node.op in ("placeholder", "output") or node.target is check_size
+    return node.op in ("placeholder", "output") or node.target is check_size or node.target in LASTING
 
 
 def drop_unread(graph: fx.Graph) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from qcore.errors import ExampleInputsError
+from qcore.errors import ExampleInputsError, TraceError
 from qcore.fx.graph_module import computed
+from qcore.fx.inplace import write_back
 from qcore.fx.signature import SignatureCodeGen
 
 
@@ -52,6 +53,9 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
 
     Returns:
         What the module's forward would return.
+
+    Raises:
+        TraceError: a node of the graph writes into what it is given, of which other nodes know nothing.
     """
     nodes = list(traced.graph.nodes)
     last_reader = {source: node for node in nodes for source in node.all_input_nodes}
@@ -68,10 +72,15 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
             if node.op == "output":
                 outputs = args[0]
                 break
+            read = _versions(node, values)
             value = next(given) if node.op == "placeholder" else computed(node, args, kwargs, traced)
+            if node.target is not write_back and any(tensor._version != version for tensor, version in read):
+                raise _trace_error(f"{node.target} writes into what it is given, in a way that qcore doesn't know")
             values[node] = value
             if isinstance(value, Tensor):
-                node.meta["example"] = Example(tuple(value.shape), value.dtype)
+                node.meta["example"] = _example_of(value)
+                if node.meta.pop("overwrites", False) and node.meta["example"] != _example_of(args[0]):
+                    raise _trace_error(f"{node.name} is written into a tensor of another dtype or shape")
             for source in done_after.get(node, ()):
                 del values[source]
     codegen = traced.graph._codegen
@@ -86,6 +95,27 @@ def _mutable(outputs: Any) -> Any:
         kind = list if isinstance(outputs, list) else tuple
         return kind(_mutable(value) for value in outputs)
     return outputs
+
+
+def _example_of(tensor: Tensor) -> Example:
+    return Example(tuple(tensor.shape), tensor.dtype)
+
+
+def _versions(node: fx.Node, values: dict[fx.Node, Any]) -> list[tuple[Tensor, int]]:
+    """The tensors that a node reads, each with the number of writes into it so far; not copies that only it reads."""
+    found = []
+    for source in node.all_input_nodes:
+        if source.target == "clone" and len(source.users) == 1:
+            continue
+        value = values[source]
+        for tensor in (value,) if isinstance(value, Tensor) else tensors_of(value):
+            if not tensor.is_inference():
+                found.append((tensor, tensor._version))
+    return found
+
+
+def _trace_error(reason: str) -> TraceError:
+    return TraceError(reason, "", None, reason)
 
 
 def lacks_examples(traced: fx.GraphModule) -> bool:

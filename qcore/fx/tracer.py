@@ -2,8 +2,8 @@
 
 Every call of a known module, function or method becomes one call of its operator (see ``operators.py``), with the
 module's weights as ``get_attr`` nodes that keep their path (``features.0.weight``). Dropout and identity in
-evaluation mode disappear. An in-place form becomes the plain one, and whoever reads the overwritten value later reads
-the result instead. Each node remembers in ``meta["origin"]`` how the user wrote it, which is what a QConfigMapping
+evaluation mode disappear. An in-place form becomes the plain one, and whoever reads what was overwritten later, by
+whatever name, reads the result instead (``aliases.py``). Each node remembers in ``meta["origin"]`` how the user wrote it, which is what a QConfigMapping
 speaks of.
 """
 
@@ -23,16 +23,26 @@ from torch.fx.proxy import Scope, ScopeContextManager
 from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
-from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
-from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
+from qcore.fx.aliases import Aliases
+from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer, factories_recorded
+from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, is_persistent, place_for, set_tensor, submodule
+from qcore.fx.inplace import LASTING, MAKING, given, with_call, with_item, with_view
 from qcore.fx.names import readable_targets
 from qcore.fx.nodes import READ_BY_CODE, drop_unread, set_arguments, unshadowed
+from qcore.fx.real_calls import shares_memory
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.values import Value, values_in
+from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, operator_of
+from qcore.fx.values import INPLACE_OPERATORS, UndecidableError, Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+_MODULE_STATE = frozenset(vars(nn.Module()))
+_OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
+_PLAIN_OPERATORS = dict(INPLACE_OPERATORS.values())
+#: Methods that turn a tensor into a view of itself and write nothing.
+_TURNING = frozenset({"detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"})
+_REFUSED = frozenset({"as_strided_", "rename_", "resize_", "resize_as_", "set_", "apply_", "map_", "map2_"})
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -85,9 +95,12 @@ class NormalFormTracer(ExampleTracer):
         self._signature = signature
         self._path = path
         self._calls: Counter[tuple[str, ObjectType]] = Counter() if calls is None else calls
-        self._overwritten: dict[fx.Node, fx.Node] = {}
+        self.aliases = Aliases(self, self._add_node, self._external)
+        self._is_written = False
+        self._tensors: set[fx.Node] = set()
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
+        self._captured: dict[int, tuple[torch.Tensor, int, str]] = {}
         self._origin: Origin | None = None
         self.failed_path: str | None = None
 
@@ -103,16 +116,29 @@ class NormalFormTracer(ExampleTracer):
 
         def call(root: nn.Module, *tensors: Any) -> Any:
             args, kwargs = signature.arguments(tensors)
+            given, spec = pytree.tree_flatten((args, kwargs))
             if self._path:  # A part of the user's model may be a known module itself.
                 result = self.call_module(root, lambda *a, **k: root_fn(root, *a, **k), tuple(args), kwargs)
             else:
                 result = root_fn(root, *args, **kwargs)
+            left, left_spec = pytree.tree_flatten((args, kwargs))
+            if left_spec != spec or not all(map(self._is_same, given, left)):
+                raise UndecidableError("it changes a container among its arguments")
             return self._result(signature, result)
 
         return call, [self.root, *tensors]
 
+    def _is_same(self, first: Any, second: Any) -> bool:
+        if issubclass(type(first), Value) and issubclass(type(second), Value):
+            return self.aliases.is_same(first.node, second.node)
+        return first is second
+
     def _result(self, signature: CallSignature, result: Any) -> Any:
         result = pytree.tree_map_only(Value, self._opened, result)
+        # A tensor that the forward made is a new one at each call.
+        result = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: self.create_proxy("call_method", "clone", (tensor,), {}), result
+        )
         form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
         self.settle_all()
         if signature.is_plain and form.is_plain:
@@ -128,9 +154,41 @@ class NormalFormTracer(ExampleTracer):
             return value
         return pytree.tree_map_only(Value, self._opened, tuple(value))
 
-    def overwrite(self, value: Value, by: fx.Proxy) -> None:
-        """From here on, whoever reads ``value`` reads ``by``."""
-        self._overwritten[self._current(value.node)] = by.node
+    def current(self, node: fx.Node) -> fx.Node:
+        """What to read in the place of a node that may have been overwritten."""
+        return self.aliases.current(node)
+
+    def latest(self, node: fx.Node) -> fx.Node:
+        """What has a value's present shape; its data may be of before a write."""
+        return self.aliases.latest(node)
+
+    def set_item(self, value: Value, index: Any, item: Any) -> None:
+        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
+        is_value = issubclass(type(item), Value)
+        if not is_value or not self.aliases.is_item(item.node, value.node, self.create_arg(index)):
+            self.create_proxy("call_method", "__setitem__", (value, index, item), {})
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a value is a tensor, rather than a number or a tuple; the examples are asked where nothing else tells."""
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            op = operator_of(current)
+            if current.op in ("placeholder", "get_attr") or current in self._tensors:
+                break
+            if op in (ADD, MUL):  # Python's own, of numbers or of tensors.
+                pending.extend(current.all_input_nodes)
+            elif op not in (None, GETITEM, CHUNK, SPLIT):
+                break
+        else:
+            if self.is_size(node):
+                return False
+            value = self.proxy(node)
+            assert isinstance(value, Value)
+            if self._examples is not None and not isinstance(self.example(value), torch.Tensor):
+                return False
+        self._tensors.add(node)
+        return True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
@@ -174,11 +232,17 @@ class NormalFormTracer(ExampleTracer):
     def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         if m is self.root:
             raise TraceError(f"{type(m).__name__} is not known to qcore", path, None)
-        self._origin = self._make_origin(type(m), True, path)
-        result = self.create_proxy("call_module", path, args, kwargs)
-        if getattr(m, "inplace", False) is True and args and isinstance(args[0], fx.Proxy):
-            self._overwritten[self._current(args[0].node)] = result.node
-        return result
+        origin = self._make_origin(type(m), True, path)
+        is_inplace = getattr(m, "inplace", False) is True and type(m).__module__.startswith("torch.nn.")
+        if not is_inplace or not args or not isinstance(args[0], Value):
+            self._origin = origin
+            return self.create_proxy("call_module", path, args, kwargs)
+        node = self.current(args[0].node)
+        copied = self.proxy(self._add_node("call_method", "clone", (node,), {}, is_fresh=True))
+        self._origin = origin
+        result = self.create_proxy("call_module", path, (copied, *args[1:]), kwargs)
+        self._overwrite(node, result.node)
+        return args[0]
 
     def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
@@ -199,7 +263,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with factories_recorded(self), self.with_own_isinstance(type(root).forward):
+        with factories_recorded(self), self.with_own_isinstance(type(root).forward), self.real_calls:
             return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -221,12 +285,22 @@ class NormalFormTracer(ExampleTracer):
             if id(a) in self._tensor_paths:
                 return self._tensor(self._tensor_paths[id(a)]).node
             if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
-                # A tensor that the forward made; fx would leave it on the user's model.
-                name = f"._tensor_constant{len(self.constants)}"  # No path of the user's starts like this.
-                self.constants[name] = a.detach().clone()  # It may be the user's, from a list of theirs.
-                self._tensor_paths[id(a)] = name
-                return self._tensor(name).node
+                return self._tensor(self._constant(a)).node
         return super().create_arg(a)
+
+    def _constant(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor that the forward made; fx would leave it on the user's model."""
+        version = 0 if tensor.is_inference() else tensor._version
+        known = self._captured.get(id(tensor))
+        if known is not None and known[1] == version:
+            return known[2]
+        if self.real_calls.is_written(tensor):
+            raise UndecidableError("it writes data into a tensor of which it made a view before")
+        name = f"._tensor_constant{len(self.constants)}"  # No path of the user's starts like this.
+        with self.real_calls.paused():
+            self.constants[name] = tensor.detach().clone()  # The forward may change it, or it may be the user's.
+        self._captured[id(tensor)] = (tensor, version, name)  # And another tensor may get its number once it is gone.
+        return name
 
     def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
         tensor = module._parameters.get(name, module._buffers.get(name))
@@ -236,7 +310,7 @@ class NormalFormTracer(ExampleTracer):
 
     def _tensor(self, target: str) -> fx.Proxy:
         if target not in self._attributes:
-            self._attributes[target] = self.proxy(self.create_node("get_attr", target, (), {}))
+            self._attributes[target] = self.proxy(self._add_node("get_attr", target, (), {}))
         return self._attributes[target]
 
     def _emit(self, call: Call, name: str, origin: Origin) -> Any:
@@ -245,8 +319,13 @@ class NormalFormTracer(ExampleTracer):
         self._origin = origin
         proxy = self.create_proxy("call_function", call.operator.function, call.args, {}, name.replace(".", "_"))
         if call.inplace and isinstance(call.args[0], fx.Proxy):
-            self._overwritten[call.args[0].node] = proxy.node
+            self._overwrite(self.current(call.args[0].node), proxy.node)
+            return call.args[0]
         return proxy
+
+    def _overwrite(self, node: fx.Node, by: fx.Node) -> None:
+        by.meta["overwrites"] = True
+        self.aliases.overwrite(node, by)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
@@ -255,7 +334,10 @@ class NormalFormTracer(ExampleTracer):
                 result = target(*args, **kwargs)
                 if isinstance(result, Value):  # fx knows no other.
                     return result
-        return super().create_proxy(kind, target, args, kwargs, *others, **options)
+        self._is_written = False
+        proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        # What a write gives back is the overwritten tensor itself.
+        return args[0] if self._is_written and isinstance(args[0], Value) else proxy
 
     def create_node(
         self,
@@ -267,34 +349,77 @@ class NormalFormTracer(ExampleTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Add a node; a call of a known function or method takes its normal form."""
-        if self._overwritten:
-            args = fx.map_arg(args, self._current)
-            kwargs = fx.map_arg(kwargs, self._current)
         origin = None
         if kind != "get_attr":  # A tensor among the arguments of the call that the origin is of.
             origin, self._origin = self._origin, None
-        inplace = False
-        if kind in ("call_function", "call_method") and origin is None and target is not check_size:
+        if kind == "output":
+            self.aliases.write_inputs()
+        if self.aliases.is_watching:
+            is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
+            args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
+        written: fx.Node | None = None
+        if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
+            if kwargs.get("out") is not None:
+                raise UndecidableError("it writes a result into out=...")
             call = self._normal_form(target, args, kwargs)
-            inplace = call.inplace if call is not None else _writes_in_place(target, kwargs)
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
+            is_written = _writes_in_place(target, kwargs) or (call is not None and call.inplace)
+            if is_written:
+                if not args or not isinstance(args[0], fx.Node):
+                    raise UndecidableError(f"it calls {_name(target)}, which changes tensors in place")
+                written = args[0]
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-        node = unshadowed(super().create_node(kind, target, (), {}, name, type_expr))
-        set_arguments(node, args, kwargs)  # Afterwards, as in ``new_node``.
-        self.note(node)
-        if origin is not None:
-            node.meta["origin"] = origin
-        if inplace and args and isinstance(args[0], fx.Node):
-            self._overwritten[args[0]] = node
+            elif written is not None:
+                if target == "requires_grad_":
+                    return written
+                is_turned = target in _TURNING
+                kind, target, args, kwargs = _not_in_place(kind, target, args, kwargs)
+                if is_turned:
+                    node = self._add_node(kind, target, args, kwargs, origin)
+                    self.aliases.rebind(written, node)
+                    self._is_written = True
+                    return node
+        node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_fresh=written is not None)
+        if written is not None:
+            self._overwrite(written, node)
+            self._is_written = True
         return node
 
-    def _current(self, node: fx.Node) -> fx.Node:
-        while node in self._overwritten:
-            node = self._overwritten[node]
+    def _add_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        origin: Origin | None = None,
+        name: str | None = None,
+        type_expr: Any | None = None,
+        is_fresh: bool = False,
+    ) -> fx.Node:
+        node = unshadowed(super().create_node(kind, target, (), {}, name, type_expr))
+        set_arguments(node, args, kwargs)  # Afterwards, as in ``new_node``.
+        if origin is not None:
+            node.meta["origin"] = origin
+        self.note(node)
+        if kind != "get_attr":
+            self.aliases.joined(node, is_fresh)
         return node
+
+    def _external(self, node: fx.Node) -> str:
+        """What a tensor is called that a graph can't write; notes that another one is written by the graph."""
+        if node.op != "get_attr":
+            return ""
+        if node.target not in self.constants:
+            return str(node.target)
+        (tensor,) = (tensor for tensor, _, name in self._captured.values() if name == node.target)
+        others = [t for t, _, name in self._captured.values() if t is not tensor and shares_memory(t, tensor)]
+        if others or not self.real_calls.is_made(tensor):
+            return "a tensor outside of its modules"
+        self.real_calls.note_written(tensor)
+        return ""
 
     @staticmethod
     def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -308,8 +433,6 @@ class NormalFormTracer(ExampleTracer):
             call = form(*args, **kwargs)
         except (TypeError, ValueError):
             return None  # Arguments that the form doesn't know: the call stays as it is.
-        if call is not None and target in INPLACE:
-            return Call(call.operator, call.args, inplace=True)
         return call
 
 
@@ -321,11 +444,34 @@ def _is_users(target: Any) -> bool:
 
 
 def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call without a normal form overwrites its first argument, by torch's way of naming."""
-    if kwargs.get("inplace") is True:
+    """Whether a call overwrites its first argument, by torch's way of naming."""
+    if kwargs.get("inplace") is True or target == "__setitem__" or target in _PLAIN_OPERATORS:
         return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or target in INPLACE
+    name = _name(target)
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def _not_in_place(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+    """The call that computes what another writes into its first argument."""
+    if target == "__setitem__":
+        return "call_function", with_item, args, kwargs
+    if target in _PLAIN_OPERATORS:
+        return kind, _PLAIN_OPERATORS[target], args, kwargs
+    if kwargs.get("inplace") is True:
+        return kind, target, args, {name: value for name, value in kwargs.items() if name != "inplace"}
+    name = _name(target)
+    if name in _REFUSED or not hasattr(torch.Tensor, name):
+        raise UndecidableError(f"it calls {name}, which changes a tensor in place")
+    # Of random numbers the two forms differ.
+    if hasattr(torch.Tensor, name[:-1]) and name != "bernoulli_":
+        return "call_method", name[:-1], args, kwargs
+    return "call_function", with_call, (args[0], name, *args[1:]), kwargs
 
 
 def trace(
@@ -359,7 +505,10 @@ def trace(
         with _left_alone(model):
             graph = tracer.trace(model)
         drop_unread(graph)
-        for node in graph.nodes:
+        for node in list(graph.nodes):
+            if node.target == "contiguous" and not any(user.target is with_view for user in node.users):
+                node.replace_all_uses_with(node.args[0])  # Without writes a copy is as good as what it is of.
+                graph.erase_node(node)
             node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
         root = _Root(model, graph, tracer.constants, copies)
     except Exception as error:
@@ -371,27 +520,27 @@ def trace(
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Put back what a traced forward writes into its modules; a value of the graph that it keeps is an error."""
-    before = {
-        module: (dict(vars(module)), dict(module._parameters), dict(module._buffers), dict(module._modules))
+    """Put back what a traced forward writes into its modules; what a graph wouldn't write is an error."""
+    before = [
+        (module, [dict(registry) for registry in _registries(module)], _containers(vars(module)))
         for module in model.modules()
-    }
+    ]
     kept = ""
     try:
         yield
     finally:
-        for module, (attributes, parameters, buffers, modules) in before.items():
-            for name, value in vars(module).items():
-                if attributes.get(name) is not value and values_in(value):
-                    kept = f"{type(module).__name__}.{name}"
-            vars(module).clear()
-            vars(module).update(attributes)
-            registries: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-                (module._parameters, parameters), (module._buffers, buffers), (module._modules, modules),
-            )  # fmt: skip
-            for own, saved in registries:
-                own.clear()
-                own.update(saved)
+        for module, registries, containers in before:
+            parameters, buffers, _, attributes = registries
+            for known, now in ((attributes, vars(module)), (parameters, module._parameters), (buffers, module._buffers)):
+                for name, value in now.items():
+                    if known.get(name) is not value and name not in _MODULE_STATE and _is_state(known.get(name), value):
+                        kept = f"{type(module).__name__}.{name}"
+            if any(values_in(container) for container, _ in containers):
+                kept = f"a container of {type(module).__name__}"
+            for container, content in containers:
+                _refill(container, content)
+            for own, saved in zip(_registries(module), registries, strict=True):
+                _refill(own, saved)
     if kept:
         raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
@@ -410,6 +559,34 @@ def _identifiers(names: Sequence[str]) -> list[str]:
             found[wanted] = None
         made.append(wanted)
     return made
+def _is_state(before: Any, value: Any) -> bool:
+    """Whether an attribute that a forward sets is more than a note of what it found: a value, or a count."""
+    numbers = (int, float, bool)
+    return bool(values_in(value)) or (type(value) in numbers and type(before) in numbers and value != before)
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules, vars(module)  # type: ignore[return-value]
+
+
+def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The lists and dictionaries among a module's attributes, each with what is in it."""
+    found = []
+    pending = [v for name, v in attributes.items() if type(v) in (list, dict) and name not in _MODULE_STATE]
+    while pending:
+        value = pending.pop()
+        found.append((value, copy.copy(value)))
+        inner = value.values() if isinstance(value, dict) else value
+        pending.extend(item for item in inner if type(item) in (list, dict))
+    return found
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        container.update(content)
+    else:
+        container.extend(content)
 
 
 class _Root(nn.Module):

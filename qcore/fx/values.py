@@ -6,7 +6,6 @@ Arithmetic on sizes stays in the graph, so that a batch of another size passes t
 """
 
 import operator
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Properties of a tensor that don't depend on its data, and that a graph may take as they are.
 _PLAIN_PROPERTIES = ("dtype", "layout", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "requires_grad")
-_INPLACE = {
+INPLACE_OPERATORS = {
     "__iadd__": (operator.iadd, operator.add),
     "__isub__": (operator.isub, operator.sub),
     "__imul__": (operator.imul, operator.mul),
@@ -32,10 +31,25 @@ _INPLACE = {
 }
 
 
+class UndecidableError(Exception):
+    """The forward does what a graph can't, such as to decide by data."""
+
+
 class Value(fx.Proxy):
     """A traced value: a tensor, a size, or a tuple of them."""
 
     tracer: "ExampleTracer"
+
+    def __del__(self) -> None:
+        node = vars(self).get("node")
+        if node is not None:
+            self.tracer.released(node)
+
+    def __copy__(self) -> "Value":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(self), self.tracer.create_proxy("call_method", "clone", (self,), {}))
 
     def __getattr__(self, name: str) -> Any:
         if name in _PLAIN_PROPERTIES and self.tracer.has_example(self):
@@ -52,6 +66,15 @@ class Value(fx.Proxy):
         if dim is None and self.tracer.has_example(self):
             return self.tracer.sizes(self)
         return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
+
+    @property
+    def data(self) -> Any:
+        """The tensor without its gradients, in the same memory."""
+        return Attribute(self, "data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise UndecidableError("it assigns to .data of a tensor")
 
     @property
     def ndim(self) -> Any:
@@ -101,12 +124,11 @@ class Value(fx.Proxy):
 
     def __index__(self) -> int:
         # Torch asks for this when it looks whether an argument fits, and then hands the proxy itself to
-        # __torch_function__: only what isn't followed by that, from the same instruction, has settled anything.
-        frame = sys._getframe(1)
-        return operator.index(self.tracer.settle(self, asked_at=(id(frame), frame.f_lasti)))
+        # __torch_function__, which takes the question back.
+        return operator.index(self.tracer.settle(self, is_sure=False))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.overwrite(self, self.tracer.create_proxy("call_function", with_item, (self, index, value), {}))
+        self.tracer.set_item(self, index, value)
 
     @classmethod
     def __torch_function__(
@@ -117,22 +139,22 @@ class Value(fx.Proxy):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Record a call of a torch function."""
-        frame = sys._getframe(1)
         for tracer in {value.tracer for value in values_in((args, kwargs))}:
-            tracer.forget_asked((id(frame), frame.f_lasti))
+            if not tracer.forget_asked(lambda: orig_method(*(args or ()), **(kwargs or {}))):
+                return None
         return super().__torch_function__(orig_method, types, args, kwargs)
 
 
 def _inplace(overwriting: Callable[..., Any], plain: Callable[..., Any]) -> Callable[[Value, Any], Any]:
     def write(self: Value, other: Any) -> Any:
-        # A size is a number: whoever else holds it doesn't see it change.
-        function = plain if self.tracer.is_size(self.node) else overwriting
+        # Whoever else holds a number doesn't see it change.
+        function = overwriting if self.tracer.is_tensor(self.node) else plain
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return write
 
 
-for _name, _functions in _INPLACE.items():
+for _name, _functions in INPLACE_OPERATORS.items():
     setattr(Value, _name, _inplace(*_functions))
 
 
@@ -143,41 +165,32 @@ class Attribute(Value):
         self.root = root
         self.attr = attr
         self.tracer = root.tracer
-        self._node: fx.Node | None = None
+        self._made: Value | None = None
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
         """The node, made when first needed: most attributes are methods."""
-        if self._node is None:
-            self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
-        return self._node
+        if self._made is None:
+            self._made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+        return self._made.node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A method call."""
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
-def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """``x`` with ``x[index] = value``, as a new tensor."""
-    result = x.clone()
-    result[index] = value
-    return result
-
-
 def values_in(argument: Any) -> list[Value]:
     """The traced values among nested arguments."""
     found: list[Value] = []
-
-    def look(item: Any) -> None:
+    pending = [argument]
+    while pending:
+        item = pending.pop()
         if issubclass(type(item), Value):
             found.append(item)
         elif type(item) is slice:
-            look((item.start, item.stop, item.step))
+            pending.extend((item.start, item.stop, item.step))
         elif isinstance(item, dict):
-            look(list(item.values()))
+            pending.extend(item.values())
         elif isinstance(item, (tuple, list)):
-            for entry in item:
-                look(entry)
-
-    look(argument)
+            pending.extend(item)
     return found

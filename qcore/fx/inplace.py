@@ -1,0 +1,88 @@
+"""What a graph calls in the place of writes: a traced graph computes new values, and its inputs are written last.
+
+A graph in which nothing is overwritten means the same in whatever order and on whatever memory its values lie, so the
+passes may move, round and drop them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qcore.errors import GuardError
+
+
+def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
+    """``x`` with ``x[index] = value``, as a new tensor."""
+    result = x.clone()
+    result[index] = value
+    return result
+
+
+def with_call(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
+    """``x`` after a method that writes into it, as a new tensor."""
+    result = x.clone()
+    getattr(result, method)(*args, **kwargs)
+    return result
+
+
+def with_view(x: Any, value: Tensor, *steps: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
+    """``x`` after ``value`` was written into a view of it, as a new tensor.
+
+    Args:
+        x: whose view it is; a tuple of tensors, too.
+        value: what was written.
+        steps: the methods that give the view, with their arguments.
+    """
+    tensors = pytree.tree_leaves(x)
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors):
+        raise GuardError("the forward writes into one of several tensors that lie in the same memory: give them copies")
+    view = result = pytree.tree_map(torch.clone, x)
+    for method, args, kwargs in steps:
+        view = getattr(view, method)(*args, **kwargs)
+    view.copy_(value)
+    return result
+
+
+def given(x: Tensor) -> Tensor:
+    """An input that is written at the end, as all else reads it: nobody's rounding comes between it and the write."""
+    return x
+
+
+def write_back(x: Tensor, value: Tensor) -> Tensor:
+    """Write into an input what the forward leaves in it."""
+    return x.copy_(value)
+
+
+def check_apart(written: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Compare the memory of inputs that a graph writes with that of all its inputs.
+
+    Raises:
+        GuardError: two overlap, so the forward would see in one what it writes into the other; the graph doesn't.
+    """
+    for x in written:
+        start, end = _extent(x)
+        for other in inputs:
+            if other is not x or sum(entry is x for entry in inputs) > 1:
+                first, last = _extent(other)
+                if first < end and start < last:
+                    raise GuardError(
+                        "the forward writes into one of its inputs, which lies in the same memory as another. The "
+                        "graph was traced for inputs that are apart: give it copies"
+                    )
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    if x.numel() == 0 or x.layout is not torch.strided:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+#: Those that make a new tensor.
+MAKING = (with_item, with_call, with_view)
+
+#: Those that a graph keeps although nothing reads their results.
+LASTING = (write_back, check_apart)
