@@ -212,7 +212,7 @@ class Aliases:
         for x, value in written.items():
             with self._tracer.graph.inserting_after(last):
                 own = self._add_node("call_function", given, (x,), {})
-            x.replace_all_uses_with(own, lambda user, own=own: user is not own and user.target not in LASTING)
+            x.replace_all_uses_with(own, lambda user: user.target is not given and user.target not in LASTING)
             made = self._add_node("call_function", write_back, (x, value), {})
             root = self._written[x].root
             root.value = self._value(made)
@@ -269,7 +269,7 @@ class Aliases:
                 root = other.root.call
                 if shares and (root.op == "placeholder" or self._external(root)):
                     raise UndecidableError(f"it writes into {root.target} through {_named(made)}, which may copy")
-                other.lost = f"it writes into what may be a view of {root.name} (by {_named(made)}), and reads both"
+                other.lost = f"{_named(made)} may give a view of its input: one of them is written, and the other read"
                 other.writes += 1
                 pending.append((other, shares))
 

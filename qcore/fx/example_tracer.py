@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from qcore.fx.graph_module import computed, submodule
-from qcore.fx.operators import Kind, operator_of
+from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, Kind, operator_of
 from qcore.fx.real_calls import RealCalls
 from qcore.fx.signature import check_size
 from qcore.fx.values import UndecidableError, Value, values_in
@@ -50,6 +50,7 @@ class ExampleTracer(fx.Tracer):
         self._examples = examples
         self._order: list[fx.Node] = []
         self._evaluated = 0
+        self._tensors: set[fx.Node] = set()
         self._known: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, frozenset[fx.Node]] = {}
         self._unread: defaultdict[fx.Node, int] = defaultdict(int)
@@ -91,8 +92,26 @@ class ExampleTracer(fx.Tracer):
         raise NotImplementedError
 
     def is_tensor(self, node: fx.Node) -> bool:
-        """Whether a value is a tensor, rather than a number or a tuple."""
-        raise NotImplementedError
+        """Whether a value is a tensor, rather than a number or a tuple; asks the examples if nothing else tells."""
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            op = operator_of(current)
+            if current.op in ("placeholder", "get_attr") or current in self._tensors:
+                break
+            if op in (ADD, MUL):  # Python's own, of numbers or of tensors.
+                pending.extend(current.all_input_nodes)
+            elif op not in (None, GETITEM, CHUNK, SPLIT):
+                break
+        else:
+            if self.is_size(node):
+                return False
+            value = self.proxy(node)
+            assert builtins.isinstance(value, Value)
+            if self._examples is not None and not builtins.isinstance(self.example(value), torch.Tensor):
+                return False
+        self._tensors.add(node)
+        return True
 
     def current(self, node: fx.Node) -> fx.Node:
         """What to read in the place of a node that may have been overwritten."""
@@ -122,7 +141,9 @@ class ExampleTracer(fx.Tracer):
     def shares(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a node's value lies in the memory of one of its inputs on the example inputs, as far as is known."""
         if self._examples is None:
-            return node.op != "call_module" or not type(submodule(self.root, str(node.target))).__module__.startswith("torch.nn.")
+            return node.op != "call_module" or not type(submodule(self.root, str(node.target))).__module__.startswith(
+                "torch.nn."
+            )
         self._run()
         return source in self._shared.get(node, ())
 

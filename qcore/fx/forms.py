@@ -349,6 +349,7 @@ MODULES: dict[type[nn.Module], "ModuleForm"] = {}
 #: The operator that each of them is, for patterns.
 _OPERATOR_OF_FORM: dict[Any, Operator] = {}
 
+
 @dataclass(frozen=True)
 class ModuleForm:
     """How a module's call becomes its function's.

@@ -1,4 +1,4 @@
-"""What a graph calls in the place of writes: a traced graph computes new values, and its inputs are written last.
+"""In-place forms, and what a graph calls in their place: it computes new values, and its inputs are written last.
 
 A graph in which nothing is overwritten means the same in whatever order and on whatever memory its values lie, so the
 passes may move, round and drop them.
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qcore.errors import GuardError
+from qcore.fx.values import INPLACE_OPERATORS, UndecidableError
 
 
 def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -44,6 +45,11 @@ def with_view(x: Any, value: Tensor, *steps: tuple[str, tuple[Any, ...], dict[st
         view = getattr(view, method)(*args, **kwargs)
     view.copy_(value)
     return result
+
+
+def fresh(x: Tensor) -> Tensor:
+    """A constant that a forward makes, as a tensor that the caller may write into."""
+    return x.clone()
 
 
 def given(x: Tensor) -> Tensor:
@@ -82,7 +88,44 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 #: Those that make a new tensor.
-MAKING = (with_item, with_call, with_view)
+MAKING = (with_item, with_call, with_view, fresh)
 
 #: Those that a graph keeps although nothing reads their results.
 LASTING = (write_back, check_apart)
+
+_PLAIN_OPERATORS = dict(INPLACE_OPERATORS.values())
+#: Methods that turn a tensor into a view of itself and write nothing.
+TURNING = frozenset({"detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"})
+_REFUSED = frozenset({"as_strided_", "rename_", "resize_", "resize_as_", "set_", "apply_", "map_", "map2_"})
+
+
+def writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call overwrites its first argument, by torch's way of naming."""
+    if kwargs.get("inplace") is True or target == "__setitem__" or target in _PLAIN_OPERATORS:
+        return True
+    name = name_of(target)
+    return name.endswith("_") and not name.endswith("__")
+
+
+def name_of(target: Any) -> str:
+    """What a function or method is called."""
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def not_in_place(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+    """The call that computes what another writes into its first argument."""
+    if target == "__setitem__":
+        return "call_function", with_item, args, kwargs
+    if target in _PLAIN_OPERATORS:
+        return kind, _PLAIN_OPERATORS[target], args, kwargs
+    if kwargs.get("inplace") is True:
+        return kind, target, args, {name: value for name, value in kwargs.items() if name != "inplace"}
+    name = name_of(target)
+    if name in _REFUSED or not hasattr(torch.Tensor, name):
+        raise UndecidableError(f"it calls {name}, which changes a tensor in place")
+    # Of random numbers the two forms differ.
+    if hasattr(torch.Tensor, name[:-1]) and name != "bernoulli_":
+        return "call_method", name[:-1], args, kwargs
+    return "call_function", with_call, (args[0], name, *args[1:]), kwargs

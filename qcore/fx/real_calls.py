@@ -19,7 +19,7 @@ class RealCalls(TorchDispatchMode):
     """Watches torch's operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._is_paused = False
         self._made: dict[int, Any] = {}  # The storages too, lest another gets the same number.
         self._written: set[int] = set()
@@ -33,14 +33,14 @@ class RealCalls(TorchDispatchMode):
         """While the tracer itself calls operators."""
         is_innermost = _get_current_dispatch_mode() is self
         if is_innermost:  # As it always is, but in a forward with a mode of its own.
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._is_paused = True
         try:
             yield
         finally:
             self._is_paused = False
             if is_innermost:
-                self.__enter__()
+                self.__enter__()  # type: ignore[no-untyped-call]
 
     def is_made(self, tensor: Tensor) -> bool:
         """Whether the forward made a tensor, or what it is a view of."""
@@ -80,7 +80,9 @@ class RealCalls(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             # ``torch.tensor`` makes its tensor unseen, and has it lifted.
-            if isinstance(tensor, Tensor) and (_number(tensor) not in known or func is torch.ops.aten.lift_fresh.default):
+            if isinstance(tensor, Tensor) and (
+                _number(tensor) not in known or func is torch.ops.aten.lift_fresh.default
+            ):
                 self._made[_number(tensor)] = tensor.untyped_storage()
         return result
 

@@ -7,6 +7,7 @@ rather than a wrong result.
 
 import enum
 import inspect
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class NotConstantError(Exception):
     """An argument that is neither a tensor nor a constant, such as a cache that a forward changes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
     """One value of a call, after all containers are opened.
 
@@ -50,6 +51,14 @@ class Leaf:
     name: str
     is_tensor: bool
     constant: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Leaf):
+            return NotImplemented
+        return (self.name, self.is_tensor) == (other.name, other.is_tensor) and same(self.constant, other.constant)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.is_tensor))
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class CallSignature:
         if spec != self.spec:
             raise GuardError(self._message("its arguments", _outline(self.spec), _outline(spec)))
         for leaf, value in zip(self.leaves, values, strict=True):
-            if leaf.is_tensor is not isinstance(value, Tensor) or not (leaf.is_tensor or _same(leaf.constant, value)):
+            if leaf.is_tensor is not isinstance(value, Tensor) or not (leaf.is_tensor or same(leaf.constant, value)):
                 was = "a tensor" if leaf.is_tensor else repr(leaf.constant)
                 now = "a tensor" if isinstance(value, Tensor) else repr(value)
                 raise GuardError(self._message(f"argument {leaf.name}", was, now))
@@ -218,7 +227,9 @@ def check_size(value: Any, expected: Any, what: str) -> None:
     Raises:
         GuardError: it differs.
     """
-    if value != expected:
+    # What a compiler puts in the place of a size is no int, but compares as one.
+    is_symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    if value != expected if is_symbolic else not same(expected, value):
         raise GuardError(
             f"the graph was traced for {what} = {expected}, and now it is {value}. The forward decides by it, so the "
             "graph doesn't hold for this input: prepare with example inputs of this size"
@@ -276,8 +287,21 @@ def _names(spec: pytree.TreeSpec) -> list[str]:
     return names
 
 
-def _same(constant: Any, value: Any) -> bool:
-    return constant is value or (type(constant) is type(value) and bool(constant == value))
+def same(constant: Any, value: Any) -> bool:
+    """Whether two constants are the same to every operator: of one type, and floats bit for bit (``-0.0``, NaN)."""
+    if constant is value:
+        return True
+    if type(constant) is not type(value):
+        return False
+    if isinstance(constant, float):
+        return struct.pack("d", constant) == struct.pack("d", value)
+    if isinstance(constant, complex):
+        return same(constant.real, value.real) and same(constant.imag, value.imag)
+    if isinstance(constant, slice):
+        return all(same(getattr(constant, name), getattr(value, name)) for name in ("start", "stop", "step"))
+    if isinstance(constant, (tuple, list)):
+        return len(constant) == len(value) and all(map(same, constant, value))
+    return bool(constant == value)
 
 
 def _outline(spec: pytree.TreeSpec) -> str:

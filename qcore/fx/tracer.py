@@ -3,15 +3,15 @@
 Every call of a known module, function or method becomes one call of its operator (see ``operators.py``), with the
 module's weights as ``get_attr`` nodes that keep their path (``features.0.weight``). Dropout and identity in
 evaluation mode disappear. An in-place form becomes the plain one, and whoever reads what was overwritten later, by
-whatever name, reads the result instead (``aliases.py``). Each node remembers in ``meta["origin"]`` how the user wrote it, which is what a QConfigMapping
-speaks of.
+whatever name, reads the result instead (``aliases.py``). Each node remembers in ``meta["origin"]`` how the user wrote
+it, which is what a QConfigMapping speaks of.
 """
 
 import contextlib
 import copy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -27,22 +27,17 @@ from qcore.fx.aliases import Aliases
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer, factories_recorded
 from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, is_persistent, place_for, set_tensor, submodule
-from qcore.fx.inplace import LASTING, MAKING, given, with_call, with_item, with_view
+from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
+from qcore.fx.left_alone import left_alone
 from qcore.fx.names import readable_targets
 from qcore.fx.nodes import READ_BY_CODE, drop_unread, set_arguments, unshadowed
 from qcore.fx.real_calls import shares_memory
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, operator_of
-from qcore.fx.values import INPLACE_OPERATORS, UndecidableError, Value, values_in
+from qcore.fx.values import UndecidableError, Value
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
-_MODULE_STATE = frozenset(vars(nn.Module()))
 _OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
-_PLAIN_OPERATORS = dict(INPLACE_OPERATORS.values())
-#: Methods that turn a tensor into a view of itself and write nothing.
-_TURNING = frozenset({"detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"})
-_REFUSED = frozenset({"as_strided_", "rename_", "resize_", "resize_as_", "set_", "apply_", "map_", "map2_"})
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -97,7 +92,6 @@ class NormalFormTracer(ExampleTracer):
         self._calls: Counter[tuple[str, ObjectType]] = Counter() if calls is None else calls
         self.aliases = Aliases(self, self._add_node, self._external)
         self._is_written = False
-        self._tensors: set[fx.Node] = set()
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
         self._captured: dict[int, tuple[torch.Tensor, int, str]] = {}
@@ -137,7 +131,7 @@ class NormalFormTracer(ExampleTracer):
         result = pytree.tree_map_only(Value, self._opened, result)
         # A tensor that the forward made is a new one at each call.
         result = pytree.tree_map_only(
-            torch.Tensor, lambda tensor: self.create_proxy("call_method", "clone", (tensor,), {}), result
+            torch.Tensor, lambda tensor: self.create_proxy("call_function", fresh, (tensor,), {}), result
         )
         form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
         self.settle_all()
@@ -167,28 +161,6 @@ class NormalFormTracer(ExampleTracer):
         is_value = issubclass(type(item), Value)
         if not is_value or not self.aliases.is_item(item.node, value.node, self.create_arg(index)):
             self.create_proxy("call_method", "__setitem__", (value, index, item), {})
-
-    def is_tensor(self, node: fx.Node) -> bool:
-        """Whether a value is a tensor, rather than a number or a tuple; the examples are asked where nothing else tells."""
-        pending = [node]
-        while pending:
-            current = pending.pop()
-            op = operator_of(current)
-            if current.op in ("placeholder", "get_attr") or current in self._tensors:
-                break
-            if op in (ADD, MUL):  # Python's own, of numbers or of tensors.
-                pending.extend(current.all_input_nodes)
-            elif op not in (None, GETITEM, CHUNK, SPLIT):
-                break
-        else:
-            if self.is_size(node):
-                return False
-            value = self.proxy(node)
-            assert isinstance(value, Value)
-            if self._examples is not None and not isinstance(self.example(value), torch.Tensor):
-                return False
-        self._tensors.add(node)
-        return True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
@@ -365,18 +337,18 @@ class NormalFormTracer(ExampleTracer):
             call = self._normal_form(target, args, kwargs)
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
-            is_written = _writes_in_place(target, kwargs) or (call is not None and call.inplace)
+            is_written = writes_in_place(target, kwargs) or (call is not None and call.inplace)
             if is_written:
                 if not args or not isinstance(args[0], fx.Node):
-                    raise UndecidableError(f"it calls {_name(target)}, which changes tensors in place")
+                    raise UndecidableError(f"it calls {name_of(target)}, which changes tensors in place")
                 written = args[0]
             if call is not None and call.operator is not None:
                 kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
             elif written is not None:
                 if target == "requires_grad_":
                     return written
-                is_turned = target in _TURNING
-                kind, target, args, kwargs = _not_in_place(kind, target, args, kwargs)
+                is_turned = target in TURNING
+                kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
                 if is_turned:
                     node = self._add_node(kind, target, args, kwargs, origin)
                     self.aliases.rebind(written, node)
@@ -443,37 +415,6 @@ def _is_users(target: Any) -> bool:
     return isinstance(target, FunctionType) and not is_library
 
 
-def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call overwrites its first argument, by torch's way of naming."""
-    if kwargs.get("inplace") is True or target == "__setitem__" or target in _PLAIN_OPERATORS:
-        return True
-    name = _name(target)
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
-
-
-def _not_in_place(
-    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
-    """The call that computes what another writes into its first argument."""
-    if target == "__setitem__":
-        return "call_function", with_item, args, kwargs
-    if target in _PLAIN_OPERATORS:
-        return kind, _PLAIN_OPERATORS[target], args, kwargs
-    if kwargs.get("inplace") is True:
-        return kind, target, args, {name: value for name, value in kwargs.items() if name != "inplace"}
-    name = _name(target)
-    if name in _REFUSED or not hasattr(torch.Tensor, name):
-        raise UndecidableError(f"it calls {name}, which changes a tensor in place")
-    # Of random numbers the two forms differ.
-    if hasattr(torch.Tensor, name[:-1]) and name != "bernoulli_":
-        return "call_method", name[:-1], args, kwargs
-    return "call_function", with_call, (args[0], name, *args[1:]), kwargs
-
-
 def trace(
     model: nn.Module,
     leaf_names: Iterable[str] = (),
@@ -502,7 +443,7 @@ def trace(
     """
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
     try:
-        with _left_alone(model):
+        with left_alone(model):
             graph = tracer.trace(model)
         drop_unread(graph)
         for node in list(graph.nodes):
@@ -516,33 +457,6 @@ def trace(
     finally:
         vars(tracer).clear()  # Cycles hold it, and it holds the model and all that it computed.
     return QGraphModule.of(root, graph, is_raw=True)
-
-
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Put back what a traced forward writes into its modules; what a graph wouldn't write is an error."""
-    before = [
-        (module, [dict(registry) for registry in _registries(module)], _containers(vars(module)))
-        for module in model.modules()
-    ]
-    kept = ""
-    try:
-        yield
-    finally:
-        for module, registries, containers in before:
-            parameters, buffers, _, attributes = registries
-            for known, now in ((attributes, vars(module)), (parameters, module._parameters), (buffers, module._buffers)):
-                for name, value in now.items():
-                    if known.get(name) is not value and name not in _MODULE_STATE and _is_state(known.get(name), value):
-                        kept = f"{type(module).__name__}.{name}"
-            if any(values_in(container) for container, _ in containers):
-                kept = f"a container of {type(module).__name__}"
-            for container, content in containers:
-                _refill(container, content)
-            for own, saved in zip(_registries(module), registries, strict=True):
-                _refill(own, saved)
-    if kept:
-        raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:
@@ -559,34 +473,6 @@ def _identifiers(names: Sequence[str]) -> list[str]:
             found[wanted] = None
         made.append(wanted)
     return made
-def _is_state(before: Any, value: Any) -> bool:
-    """Whether an attribute that a forward sets is more than a note of what it found: a value, or a count."""
-    numbers = (int, float, bool)
-    return bool(values_in(value)) or (type(value) in numbers and type(before) in numbers and value != before)
-
-
-def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module._modules, vars(module)  # type: ignore[return-value]
-
-
-def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The lists and dictionaries among a module's attributes, each with what is in it."""
-    found = []
-    pending = [v for name, v in attributes.items() if type(v) in (list, dict) and name not in _MODULE_STATE]
-    while pending:
-        value = pending.pop()
-        found.append((value, copy.copy(value)))
-        inner = value.values() if isinstance(value, dict) else value
-        pending.extend(item for item in inner if type(item) in (list, dict))
-    return found
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, dict):
-        container.update(content)
-    else:
-        container.extend(content)
 
 
 class _Root(nn.Module):

@@ -165,14 +165,15 @@ class Attribute(Value):
         self.root = root
         self.attr = attr
         self.tracer = root.tracer
-        self._made: Value | None = None
+        self._made: fx.Proxy | None = None
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
         """The node, made when first needed: most attributes are methods."""
         if self._made is None:
             self._made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
-        return self._made.node
+        made: fx.Node = self._made.node
+        return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A method call."""
