@@ -70,7 +70,6 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -78,7 +77,7 @@ class Quantize(KernelModule):
         quantize = torch.quantize_per_tensor
         with _engine():
             quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
-        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds("output"))
 
 
 class Dequantize(KernelModule):
@@ -117,10 +116,16 @@ class _Weighted(KernelModule):
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("output", output)
-        self.bounds = output.bounds
-        self.relu = ""
-        if self.bounds == (output.zero_point, 255):
-            self.relu, self.bounds = "_relu", None
+
+    @property
+    def relu(self) -> str:
+        """How the kernel's name ends: a cut at zero and nowhere else is its own ReLU."""
+        return "_relu" if self.bounds("output") == (self.qparams("output")[1], 255) else ""
+
+    @property
+    def cuts(self) -> tuple[int, int] | None:
+        """The bounds that the kernel doesn't keep to by itself."""
+        return None if self.relu else self.bounds("output")
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -176,7 +181,7 @@ class QConv(_Weighted):
 
         batched = run if extended is None else _sliced(run, *extended)
         width = self.weight.shape[1] * self.geometry[3]
-        return _bounded(with_batch(batched, dimensions + 2, width), self.bounds)
+        return _bounded(with_batch(batched, dimensions + 2, width), self.cuts)
 
     def _with_usual_padding(self) -> tuple[tuple[Any, ...], tuple[list[int], list[int], list[int], list[int]] | None]:
         """A 2d depthwise convolution without padding, as one with half its kernel's size, of which a part is kept.
@@ -217,8 +222,6 @@ class QConvTranspose(_Weighted):
         geometry: tuple[list[int], list[int], list[int], list[int], int],
     ) -> None:
         super().__init__(weight, bias, output)
-        if self.relu:  # There is no such kernel; the bounds do what it would.
-            self.relu, self.bounds = "", output.bounds
         self.geometry = geometry
 
     @property
@@ -235,7 +238,7 @@ class QConvTranspose(_Weighted):
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2, self.weight.shape[0])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QLinear(_Weighted):
@@ -253,7 +256,7 @@ class QLinear(_Weighted):
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), 2, self.weight.shape[1])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.cuts)
 
 
 class QLinearToFloat(WeightKernel):
@@ -314,7 +317,6 @@ class QAdd(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; the form with an output doesn't look at the engine."""
@@ -329,7 +331,7 @@ class QAdd(KernelModule):
             add(a, b, out)
             return out
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QMul(KernelModule):
@@ -344,7 +346,6 @@ class QMul(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -355,26 +356,25 @@ class QMul(KernelModule):
             y: Tensor = mul(*factors(a, b), scale, zero_point)
             return y
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QClamp(KernelModule):
     """A clamp on integers as they are.
 
     Args:
-        low: smallest integer.
-        high: largest integer.
+        output: qparams of input and result, with the bounds as their clamp.
     """
 
     kernel_name = "clamp on integers"
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, output: QParams) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.add_qparams("output", output)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """Torch's clamp of quantized tensors depends on the engine, and is wrong for channels_last in one of them."""
-        low, high = self.low, self.high
+        low, high = self.bounds("output") or (0, 255)
         return lambda x: _as_quantized(_as_plain(x).clamp(low, high), x.q_scale(), x.q_zero_point())
 
 

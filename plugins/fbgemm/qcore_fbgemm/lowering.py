@@ -87,9 +87,7 @@ def mul(call: QuantizedCall) -> nn.Module | Declined:
 
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
-    low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
-    cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
-    return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
+    return kernels.QClamp(call.quantized_output.clamped(*call.args[1:3]))
 
 
 def pad(call: QuantizedCall) -> nn.Module | Declined:

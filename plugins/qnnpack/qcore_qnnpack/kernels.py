@@ -71,7 +71,6 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -79,9 +78,9 @@ class Quantize(KernelModule):
         quantize = torch.quantize_per_tensor
         with _engine():
             quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
-        whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds("output"))
         steps = float(1.0 / torch.tensor(scale, dtype=torch.float32))
-        low, high = self.bounds or (0, 255)
+        low, high = self.bounds("output") or (0, 255)
 
         def run(x: Tensor) -> Tensor:
             if _layout(x) is None:
@@ -138,10 +137,16 @@ class _Weighted(KernelModule):
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("output", output)
-        self.bounds = output.bounds
-        self.relu = ""
-        if self.bounds == (output.zero_point, 255):
-            self.relu, self.bounds = "_relu", None
+
+    @property
+    def relu(self) -> str:
+        """How the kernel's name ends: a cut at zero and nowhere else is its own ReLU."""
+        return "_relu" if self.bounds("output") == (self.qparams("output")[1], 255) else ""
+
+    @property
+    def cuts(self) -> tuple[int, int] | None:
+        """The bounds that the kernel doesn't keep to by itself."""
+        return None if self.relu else self.bounds("output")
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -191,7 +196,7 @@ class QConv(_Weighted):
         scale, zero_point = self.qparams("output")
         width = self.weight.shape[1] * self.geometry[3]
         run = with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2, width)
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.cuts)
 
 
 class QConvTranspose(_Weighted):
@@ -212,8 +217,6 @@ class QConvTranspose(_Weighted):
         geometry: tuple[list[int], list[int], list[int], list[int], int],
     ) -> None:
         super().__init__(weight, bias, output)
-        if self.relu:  # There is no such kernel; the bounds do what it would.
-            self.relu, self.bounds = "", output.bounds
         self.geometry = geometry
 
     @property
@@ -230,7 +233,7 @@ class QConvTranspose(_Weighted):
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2, self.weight.shape[0])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QLinear(_Weighted):
@@ -248,7 +251,7 @@ class QLinear(_Weighted):
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), 2, self.weight.shape[1])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.cuts)
 
 
 class QDynamicLinear(WeightKernel):
@@ -283,7 +286,6 @@ class QAdd(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; the form with an output doesn't look at the engine."""
@@ -300,7 +302,7 @@ class QAdd(KernelModule):
                 add(x, y, z)
             return out
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QMul(KernelModule):
@@ -315,7 +317,6 @@ class QMul(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -326,7 +327,7 @@ class QMul(KernelModule):
             y: Tensor = mul(*factors(a, b), scale, zero_point)
             return y
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QGlobalAvgPool(nn.Module):
@@ -380,19 +381,18 @@ class QClamp(KernelModule):
     """A clamp on integers as they are.
 
     Args:
-        low: smallest integer.
-        high: largest integer.
+        output: qparams of input and result, with the bounds as their clamp.
     """
 
     kernel_name = "clamp on integers"
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, output: QParams) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.add_qparams("output", output)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """Torch's clamp of quantized tensors depends on the engine, and is wrong for channels_last in one of them."""
-        low, high = self.low, self.high
+        low, high = self.bounds("output") or (0, 255)
         return lambda x: _as_quantized(_as_plain(x).clamp(low, high), x.q_scale(), x.q_zero_point())
 
 
