@@ -469,7 +469,7 @@ class QConv(_Weighted):
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
         scale, zero_point, bias = self.input_arguments()
-        output, packed = self.qparams("output"), by_shape(lambda shape: self._packed_of_engine(shape, bias))
+        output, packed = self.qparams("output"), by_shape(lambda shape: self._packed_of_engine(shape, bias), self.engine)
         return lambda x: as_plain(kernel(as_quantized(x, scale, zero_point), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
