@@ -113,9 +113,14 @@ class _State(dict[str, "Tensor | None"]):
         super().__delitem__(name)
         increment_version(self.counter)
 
-    # Those of a dict wouldn't come by the two above.
+    def pop(self, name: str, *default: Any) -> Any:
+        """As a dict's."""
+        increment_version(self.counter)
+        return super().pop(name, *default)
+
+    # Those of a dict wouldn't come by what is above.
     update, setdefault = MutableMapping.update, MutableMapping.setdefault
-    pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear
+    popitem, clear = MutableMapping.popitem, MutableMapping.clear
 
 
 def _counted(counter: Tensor, value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
+from qcore.fx.graph_module import QGraphModule, free_name, get_attribute, place_for, set_tensor, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
 from qcore.kernel import KernelModule, PadKernel, QParams, QuantizedWeight
@@ -441,13 +441,23 @@ class _Lowering:
 
     def take_attributes(self) -> None:
         """Take what is left of the reference model; modules first, since a tensor may be one of theirs."""
+        own = set(self.root._modules)
+        moved: dict[str, str] = {}
         for node in self.graph.nodes:
-            if node.op == "call_module" and node.target not in self.root._modules:
+            if node.op == "call_module" and node.target not in own:
                 owner, _, name = str(node.target).rpartition(".")
                 place_for(self.root, owner).add_module(name, submodule(self.reference, str(node.target)))
         for node in self.graph.nodes:
-            if node.op == "get_attr":
-                set_tensor(self.root, str(node.target), get_attribute(self.reference, str(node.target)))
+            if node.op != "get_attr":
+                continue
+            tensor = get_attribute(self.reference, str(node.target))
+            first, dot, rest = str(node.target).partition(".")
+            if dot and first in own:  # A kernel has the name of its layer, of which somebody reads the float weight.
+                if first not in moved:
+                    moved[first] = free_name(self.root._modules, f"{first}_float", {})
+                    self.root.add_module(moved[first], nn.Module())
+                node.target = f"{moved[first]}.{rest}"
+            set_tensor(self.root, str(node.target), tensor)
 
 
 def _node(argument: Any) -> fx.Node:

@@ -109,6 +109,7 @@ class _Conversion:
         self.notes: list[str] = []
         self.memo: dict[int, object] = {}
         observers_called = set(self.plan.observers.values())
+        self.float_reads = self.find_float_reads()
         self.called = {
             str(node.target)
             for node in self.graph.nodes
@@ -227,8 +228,10 @@ class _Conversion:
     def store_weight(self, weight: IntegerWeight, source: fx.Node) -> fx.Node:
         """Keep integers in the place of a float weight and return the node that dequantizes them."""
         target = stem = str(source.target)
+        if target.rpartition(".")[0] in self.called:  # Lowering takes a module that is called as it is.
+            target = target.replace(".", "_")
         number = 0
-        while self.is_taken(stem, number) or (number == 0 and self.is_read_as_float(source)):
+        while self.is_taken(stem, number) or (number == 0 and self.is_read_as_float(str(source.target))):
             number += 1
             stem = f"{target}_int{number}"
         set_tensor(self.root, stem, weight.values)
@@ -247,11 +250,20 @@ class _Conversion:
         others = [f"{stem}_scale", f"{stem}_zero_point", *([stem] if number else [])]
         return has_attribute(self.root, stem) or any(has_attribute(self.prepared, name) for name in others)
 
-    def is_read_as_float(self, source: fx.Node) -> bool:
-        owner, _, _ = str(source.target).rpartition(".")
-        if source.target in self.preparation.preserved or owner in self.called:
-            return True
-        return any(user.name not in self.quantized_readers for user in source.users)
+    def is_read_as_float(self, target: str) -> bool:
+        """Whether anything but operators that are to read integers asks for a weight."""
+        owner, _, _ = target.rpartition(".")
+        return target in self.preparation.preserved or owner in self.called or target in self.float_reads
+
+    def find_float_reads(self) -> set[str]:
+        """The tensors that something reads otherwise than as a weight that becomes integers."""
+        found: set[str] = set()
+        for node in self.graph.nodes:
+            args = list(node.args)
+            if node.name in self.quantized_readers:
+                del args[weight_position(node)]
+            fx.map_arg((args, node.kwargs), lambda source: found.add(str(source.target)))  # Names of inputs do no harm.
+        return found
 
     def take_modules(self) -> None:
         """Copy the modules that the graph calls, before anything takes their place."""
