@@ -1,7 +1,7 @@
 """What kernels of any backend are made of: qparams, integer weights, and modules around a native function.
 
 A kernel's state is plain tensors, and all that depends on calibration or weights is in it. What a native function takes
-besides (packed weights, Python numbers, bounds) is made of them when it is first needed, and again whenever they change.
+besides (packed weights, Python numbers, bounds) is made of them when first needed, and again whenever they change.
 """
 
 import math
@@ -57,7 +57,8 @@ class QParams:
         """The same for values that are clamped once more; ``None`` is no bound."""
         most = math.inf if high is None else high
         least = -math.inf if low is None else min(low, most)  # Of two bounds that cross, torch takes the upper one.
-        return replace(self, clamp=tuple(min(max(bound, least), most) for bound in self.clamp))
+        low, high = (min(max(bound, least), most) for bound in self.clamp)
+        return replace(self, clamp=(low, high))
 
     def quantize(self, value: float) -> int:
         """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
@@ -176,7 +177,7 @@ class KernelModule(nn.Module):
         return float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point"))
 
     def bounds(self, name: str) -> tuple[int, int] | None:
-        """The integers between which values of ``name`` lie, if not just those of the dtype; with the qparams as now."""
+        """The integers between which values of ``name`` lie, with the qparams as now; ``None``: all those of the dtype."""
         scale, zero_point = self.qparams(name)
         return replace(self._ranges[name], scale=scale, zero_point=zero_point).bounds
 
@@ -215,7 +216,7 @@ class KernelModule(nn.Module):
         return {**self.__dict__, "_packed": (-1, None), "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.share_counter(self.state_counter)
 
     def __setattr__(self, name: str, value: Any) -> None:

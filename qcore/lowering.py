@@ -37,8 +37,8 @@ class QuantizedCall:
         output: the qparams of the result; ``None`` if the kernel must give float.
         overwritable: for each input, whether nothing reads its integers after this call, so that a kernel may write its
             result over them.
-        keeps_qparams: whether the plan gives the result the qparams of all inputs. (Others may be equal by chance, which
-            says nothing of the next state that is loaded.)
+        keeps_qparams: whether the plan gives the result the qparams of all inputs. (Others may be equal by chance,
+            which says nothing of the next state that is loaded.)
         dynamic: if the kernel is called with a float and finds its qparams itself: the range of the integers.
     """
 
@@ -366,14 +366,14 @@ class _Lowering:
 
     def unclamped(self, quantize: fx.Node) -> tuple[fx.Node, QParams]:
         """What a quantize reads, before the clamps that the plan leaves to it; and its qparams, with their bounds."""
-        value, scale, zero_point, low, high, dtype = quantize.args
+        read, scale, zero_point, low, high, dtype = quantize.args
         qparams = QParams(float(self.tensor(scale)), int(self.tensor(zero_point)), low, high, dtype)  # type: ignore[arg-type]
-        bounds = []
-        while (value := _node(value)).name in self.preparation.plan.absorbed:
-            bounds.append(value.args[1:3])
-            value = value.args[0]
-        for least, most in reversed(bounds):
-            qparams = qparams.clamped(least, most)  # type: ignore[arg-type]
+        value, clamps = _node(read), []
+        while value.name in self.preparation.plan.absorbed:
+            clamps.append(value)
+            value = _node(value.args[0])
+        for clamp in reversed(clamps):
+            qparams = qparams.clamped(*clamp.args[1:3])  # type: ignore[arg-type]
         return value, qparams
 
     def qparams_by_key(self, key: tuple[str, str]) -> QParams:
@@ -411,20 +411,21 @@ class _Lowering:
             self.kernels.setdefault(node.name, _AS_THEY_ARE)
 
     def cross_boundaries(self) -> None:
-        """Turn what is left of quantize and dequantize into the backend's modules, and padding by zero points into one."""
-        made: dict[tuple[object, ...], fx.Node] = {}
+        """Turn what is left of quantize and dequantize into the backend's modules, and padding of integers."""
+        made: dict[object, fx.Node] = {}
         for node in list(self.graph.nodes):
+            identity: object = node
             if node.target is ops.quantize_per_tensor:
                 value, qparams = self.unclamped(node)
-                module, args, identity = self.enter(qparams), (value,), (value, qparams.clamp, *_key(node))
+                module, args = self.enter(qparams), (value,)
+                identity = (node.target, node.args[0], _key(node))
             elif node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
-                key = _key(node)
-                module, args, identity = self.leave(self.qparams_by_key(key)), node.args[:1], (node.args[0], *key)
+                module, args = self.leave(self.qparams_by_key(_key(node))), node.args[:1]
+                identity = (node.target, node.args[0], _key(node))
             elif node in self.padded:
-                module, args, identity = PadKernel(self.qparams_by_key(self.padded[node])), node.args[:2], (node,)
+                module, args = PadKernel(self.qparams_by_key(self.padded[node])), node.args[:2]
             else:
                 continue
-            identity = (str(node.target), *identity)
             if identity not in made:
                 with self.graph.inserting_before(node):
                     made[identity] = self.add_module(node.name, module, args)

@@ -175,7 +175,7 @@ class Executor:
         kernels = [module for module in modules if hasattr(module, "state_counter")]
         others = [module for module in modules if not hasattr(module, "state_counter")]
         # What lowering made has one counter. The versions are read first: what changes from here on counts.
-        counters = list({id(kernel.state_counter): kernel.state_counter for kernel in kernels}.values())
+        counters: list[Any] = list({id(kernel.state_counter): kernel.state_counter for kernel in kernels}.values())
         versions = list(map(_version_of, counters))
         # Others: a thread that records now must not write into what comes after.
         self.programs, self.seen = {}, set()

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore.broadcast import factors
+from qcore.errors import BackendUnavailableError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore_fbgemm.observers import is_depthwise, largest_sum
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
@@ -30,6 +32,24 @@ def supported_engines() -> list[str]:
 def has_vnni() -> bool:
     """Whether the CPU has AVX-512 VNNI, the only form of it that FBGEMM uses."""
     return bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+
+
+def check_pairs(weight: Tensor, largest: int, input_max: int) -> None:
+    """Refuse a weight that was loaded into a kernel, where a rule would have declined it.
+
+    Args:
+        weight: int8.
+        largest: what two weights whose products are added in 16 bits add up to at most.
+        input_max: the largest integer that the activation takes.
+
+    Raises:
+        BackendUnavailableError: such a sum could saturate on this CPU.
+    """
+    if (is_depthwise(weight) or not has_vnni()) and largest * input_max > 2**15 - 1:
+        raise BackendUnavailableError(
+            f"a weight of shape {tuple(weight.shape)} was loaded whose sums could saturate in 16 bits on this CPU; "
+            "convert the model that it comes from here, or load it into a reference model"
+        )
 
 
 @contextmanager
@@ -104,14 +124,18 @@ class _Weighted(KernelModule):
         weight: int8, symmetric.
         bias: float32.
         output: qparams of the result.
+        input_max: the largest integer that the activation takes; ``None``: whatever is loaded is taken.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, output: QParams) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, output: QParams, input_max: int | None = None
+    ) -> None:
         super().__init__()
+        self.input_max = input_max
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
@@ -126,6 +150,15 @@ class _Weighted(KernelModule):
     def cuts(self) -> tuple[int, int] | None:
         """The bounds that the kernel doesn't keep to by itself."""
         return None if self.relu else self.bounds("output")
+
+    def largest_sum(self) -> int:
+        """What two weights whose products are added in 16 bits add up to at most."""
+        return largest_sum(self.weight)
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        if self.input_max is not None:
+            check_pairs(self.weight, self.largest_sum(), self.input_max)
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -155,8 +188,9 @@ class QConv(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], int],
+        input_max: int | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
+        super().__init__(weight, bias, output, input_max)
         self.geometry = geometry
 
     @property
@@ -220,9 +254,14 @@ class QConvTranspose(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], list[int], int],
+        input_max: int | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
+        super().__init__(weight, bias, output, input_max)
         self.geometry = geometry
+
+    def largest_sum(self) -> int:
+        """Which weights the kernel pairs isn't known."""
+        return 2 * int(self.weight.to(torch.int32).abs().max())
 
     @property
     def kernel_name(self) -> str:
@@ -273,6 +312,11 @@ class QLinearToFloat(WeightKernel):
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, input: QParams) -> None:
         super().__init__(weight, bias)
         self.add_qparams("input", input)
+        self.input_max = input.quant_max
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_pairs(self.weight, largest_sum(self.weight), self.input_max)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound; it quantizes what it reads, which gives the integers back."""
@@ -294,6 +338,10 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "FBGEMM linear, range at run time"
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_pairs(self.weight, largest_sum(self.weight), 255)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.broadcast import factors
+from qcore.errors import LoweringError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.lookup import LookupKernel
 
@@ -31,6 +32,15 @@ _ROUNDING = 1.5 * 2**23
 def supported_engines() -> list[str]:
     """The engines that this torch offers on this machine."""
     return [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+
+
+TOO_SMALL = "the scales of its input and its weight have a product below float32's smallest normal number"
+
+
+def is_too_small(input_scale: float, weight_scale: Tensor) -> bool:
+    """Whether the scale of the sums leaves float32's normal numbers, among which the kernels compute it."""
+    smallest = float(weight_scale.min()) if weight_scale.numel() else 1.0
+    return input_scale * smallest < torch.finfo(torch.float32).tiny
 
 
 @contextmanager
@@ -125,14 +135,20 @@ class _Weighted(KernelModule):
         weight: int8, symmetric.
         bias: float32.
         output: qparams of the result.
+        input: qparams of the activation, to look at what is loaded; ``None``: whatever is loaded is taken.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, output: QParams) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, output: QParams, input: QParams | None = None
+    ) -> None:
         super().__init__()
+        self.has_input = input is not None
+        if input is not None:
+            self.add_qparams("input", input)
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
@@ -147,6 +163,18 @@ class _Weighted(KernelModule):
     def cuts(self) -> tuple[int, int] | None:
         """The bounds that the kernel doesn't keep to by itself."""
         return None if self.relu else self.bounds("output")
+
+    def check_state(self) -> None:
+        """Refuse a state that was loaded, where a rule would have declined it.
+
+        Raises:
+            LoweringError: the scale of the sums is below float32's normal numbers.
+        """
+        if self.has_input and is_too_small(self.qparams("input")[0], self.weight_scale):
+            raise LoweringError(
+                f"scales were loaded into a kernel that can't compute with them: {TOO_SMALL}. Convert the model that they "
+                "come from, or load them into a reference model"
+            )
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -176,8 +204,9 @@ class QConv(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], int],
+        input: QParams | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
+        super().__init__(weight, bias, output, input)
         self.geometry = geometry
 
     @property
@@ -215,8 +244,9 @@ class QConvTranspose(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], list[int], int],
+        input: QParams | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
+        super().__init__(weight, bias, output, input)
         self.geometry = geometry
 
     @property

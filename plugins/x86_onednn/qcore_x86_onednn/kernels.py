@@ -244,7 +244,7 @@ class Dequantize(KernelModule):
         return lambda x: dequantize(x, *input)
 
 
-class _Weighted(KernelModule):
+class _Weighted(WeightKernel):
     """What convolution and linear kernels have in common: the state.
 
     Args:
@@ -255,10 +255,6 @@ class _Weighted(KernelModule):
         given: oneDNN's name of the activation to compute in the kernel, its scalars and its algorithm.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
     def __init__(
         self,
         weight: QuantizedWeight,
@@ -267,10 +263,7 @@ class _Weighted(KernelModule):
         output: QParams | None,
         given: tuple[str, list[float], str],
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.values)
-        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
-        self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
+        super().__init__(weight, None if bias is None else bias.to(torch.float32))
         self.add_qparams("input", input)
         self.given = given
         self.input_max = input.quant_max
@@ -469,7 +462,10 @@ class QConv(_Weighted):
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
         scale, zero_point, bias = self.input_arguments()
-        output, packed = self.qparams("output"), by_shape(lambda shape: self._packed_of_engine(shape, bias), self.engine)
+        output, packed = (
+            self.qparams("output"),
+            by_shape(lambda shape: self._packed_of_engine(shape, bias), self.engine),
+        )
         return lambda x: as_plain(kernel(as_quantized(x, scale, zero_point), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
