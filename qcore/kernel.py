@@ -177,7 +177,7 @@ class KernelModule(nn.Module):
         return float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point"))
 
     def bounds(self, name: str) -> tuple[int, int] | None:
-        """The integers between which values of ``name`` lie, with the qparams as now; ``None``: all those of the dtype."""
+        """The ends of the integers of ``name``, with the qparams as they are; ``None``: just those of the dtype."""
         scale, zero_point = self.qparams(name)
         return replace(self._ranges[name], scale=scale, zero_point=zero_point).bounds
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import qcore
 from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
+from qcore.kernel import QParams
 
 WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
 MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
@@ -66,26 +67,38 @@ def test_to_absorb_a_clamp_is_to_clamp_and_then_quantize(seed, low, high, activa
     conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
     mapping = QConfigMapping().set_global(QConfig(activation, WEIGHT))
     reference = convert(nn.Sequential(conv, nn.Hardtanh(low, high)), x, mapping)
-    assert not [n for n in reference.graph.nodes if n.target is torch.clamp]
-    *_, quantize, _dequantize, _ = reference.graph.nodes
+    *_, clamp, _scale, _zero_point, quantize, _dequantize, _ = reference.graph.nodes
+    assert clamp.target is torch.clamp  # As a float: its integers depend on the scale.
     scale, zero_point = (getattr(reference, node.target) for node in quantize.args[1:3])
-    taken = {}
+    ends = quantize.args[3:5]
+    assert ends == ((-128, 127) if activation is SYMMETRIC else (0, 255 if activation is MinMaxObserver else 127))
+    qparams = QParams(float(scale), int(zero_point), *ends, quantize.args[5])
+    least, most = qparams.clamped(low, high).bounds or ends
+    values = torch.cat([3 * torch.randn(200), torch.tensor([low, high, 0.0, float("inf"), -float("inf")])])
+    clamped = torch.clamp(values, low, high)
+    expected = torch.ops.qcore.quantize_per_tensor(clamped, *(scale, zero_point), *quantize.args[3:])
+    found = torch.ops.qcore.quantize_per_tensor(values, *(scale, zero_point), least, most, quantize.args[5])
+    assert torch.equal(found, expected)
 
-    class Spy(torch.fx.Interpreter):
-        def run_node(self, n):
-            taken[n.name] = super().run_node(n)
-            return taken[n.name]
 
-    fresh = 3 * torch.randn(2, 3, 6, 6)
-    Spy(reference, garbage_collect_values=False).run(fresh)
-    before, after = taken[quantize.args[0].name], taken[quantize.name]
-    dtype = quantize.args[5]
-    low_end, high_end = (
-        (-128, 127) if dtype == torch.int8 else (0, 127 if mapping.global_qconfig.activation != MinMaxObserver else 255)
-    )
-    clamped = torch.clamp(before, low, high)
-    expected = torch.clamp(torch.round(clamped * (1.0 / scale)) + zero_point, low_end, high_end).to(dtype)
-    assert torch.equal(after, expected)
+@settings(max_examples=50, deadline=None)
+@given(
+    bounds=st.lists(
+        st.tuples(st.none() | st.floats(-3, 3, width=32), st.none() | st.floats(-3, 3, width=32)), max_size=4
+    ),
+    zero_point=st.integers(0, 255),
+)
+def test_clamps_in_a_row_are_one(bounds, zero_point):
+    """Also those of which the upper bound is the smaller one, and those that have nothing in common."""
+    qparams = QParams(0.02, zero_point, 0, 255, torch.uint8)
+    values = clamped = torch.linspace(-8, 8, 999)
+    for low, high in bounds:
+        qparams = qparams.clamped(low, high)
+        clamped = clamped if low is None and high is None else torch.clamp(clamped, low, high)
+    low, high = qparams.bounds or (0, 255)
+    arguments = torch.tensor(0.02), torch.tensor(zero_point), 0, 255, torch.uint8
+    expected, plain = (torch.ops.qcore.quantize_per_tensor(x, *arguments) for x in (clamped, values))
+    assert torch.equal(plain.clamp(low, high), expected)
 
 
 def test_a_module_called_twice_keeps_both_outputs_accurate():

@@ -172,7 +172,7 @@ class _Weighted(KernelModule):
         """
         if self.has_input and is_too_small(self.qparams("input")[0], self.weight_scale):
             raise LoweringError(
-                f"scales were loaded into a kernel that can't compute with them: {TOO_SMALL}. Convert the model that they "
+                f"scales were loaded that a kernel can't compute with: {TOO_SMALL}. Convert the model that they "
                 "come from, or load them into a reference model"
             )
 
