@@ -143,6 +143,91 @@ def test_a_functional_weight_that_is_read_as_float_too():
     assert {value.dtype for value in found.state_dict().values()} >= {torch.float32, torch.int8}
 
 
+class Reading(nn.Module):
+    """A linear layer, and something else that asks for its weight."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.layer, x)
+
+
+READING = {
+    "shape": lambda layer, x: layer(x).reshape(-1, layer.weight.shape[0]),
+    "size": lambda layer, x: layer(x) * layer.weight.size(0),
+    "dtype": lambda layer, x: layer(x.to(layer.weight.dtype)),
+    "device": lambda layer, x: layer(x.to(layer.weight.device)),
+    "new_zeros": lambda layer, x: layer(x) + layer.weight.new_zeros(8),
+    "new_zeros of another shape": lambda layer, x: layer(x) + layer.weight.new_zeros(x.shape),
+    "data": lambda layer, x: layer(x) + layer.weight.data.sum(),
+    "detach": lambda layer, x: layer(x) + layer.weight.detach().mean(),
+    "norm": lambda layer, x: layer(x) / layer.weight.norm(),
+    "returned": lambda layer, x: torch.cat([layer(x), layer.weight]),
+    "bias": lambda layer, x: layer(x) + layer.bias + layer.bias.new_ones(8),
+    "an embedding": lambda layer, x: layer(x) + F.embedding(torch.arange(5), layer.weight),
+    "another product": lambda layer, x: layer(x) + F.linear(x, layer.weight.t()),
+    "as an activation": lambda layer, x: layer(x) + F.linear(layer.weight, layer.weight).sum(0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read", READING)
+def test_whoever_reads_a_float_weight_gets_it(read, installed_backend):
+    model, x = Reading(READING[read]).eval(), torch.randn(5, 8)
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (x,))
+    qcore.calibrate(prepared, [x])
+    for made in (qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)):
+        for again in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            for _ in range(4):
+                found = again(x)
+                assert (found - model(x)).norm() < 0.03 * model(x).norm() and found.dtype == torch.float32
+        assert any(value.dtype == torch.int8 for value in made.state_dict().values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_layer_called_twice_of_which_one_call_stays_float(number, installed_backend):
+    model, x = Reading(lambda layer, x: layer(x) + layer(x[:1])).eval(), torch.randn(5, 8)
+    mapping = qcore.get_default_qconfig_mapping(installed_backend)
+    mapping.set_module_name_object_type_order("", nn.Linear, number, None)
+    prepared = qcore.prepare_fx(model, mapping, (x,))
+    qcore.calibrate(prepared, [x])
+    converted = qcore.convert_fx(prepared)
+    assert len(qcore.explain(converted).quantized) == 1
+    for _ in range(4):
+        assert (converted(x) - model(x)).norm() < 0.03 * model(x).norm()
+
+
+class Tied(nn.Module):
+    """A language model's two ends, of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.linear = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.linear(self.embedding(tokens)))
+
+
+@torch.no_grad()
+def test_a_weight_that_is_an_embedding_too_is_stored_as_float_and_as_integers(installed_backend):
+    model, tokens = Tied().eval(), torch.randint(0, 20, (3, 4))
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (tokens,))
+    qcore.calibrate(prepared, [tokens])
+    for made in (qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)):
+        for _ in range(4):
+            assert (made(tokens) - model(tokens)).norm() < 0.03 * model(tokens).norm()
+        assert torch.equal(made.state_dict()["embedding.weight"], model.embedding.weight)
+        of_head = [value for value in made.state_dict().values() if value.shape == (20, 8)]
+        assert sorted(str(value.dtype) for value in of_head) == ["torch.float32", "torch.int8"]
+
+
 def test_a_parameter_that_is_called_like_the_qparams_of_a_weight_is_left_alone():
     class Clash(nn.Module):
         def __init__(self):
