@@ -1,17 +1,19 @@
 """What kernels of any backend are made of: qparams, integer weights, and modules around a native function.
 
-A kernel's state is plain tensors. What a native function takes besides (packed weights, Python numbers) is made of
-them when it is first needed, and again whenever they change.
+A kernel's state is plain tensors, and all that depends on calibration or weights is in it. What a native function takes
+besides (packed weights, Python numbers, bounds) is made of them when first needed, and again whenever they change.
 """
 
-import copy
+import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qcore import ops
 from qcore.errors import ShapeError
@@ -31,6 +33,7 @@ class QParams:
         quant_min: smallest integer that the value takes.
         quant_max: largest integer that the value takes.
         dtype: of the integers.
+        clamp: the smallest and the largest real number, where a clamp before the quantize is left to it.
     """
 
     scale: float
@@ -38,16 +41,31 @@ class QParams:
     quant_min: int
     quant_max: int
     dtype: torch.dtype
+    clamp: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def bounds(self) -> tuple[int, int] | None:
-        """The smallest and the largest integer, if they are not just those of the dtype."""
+        """The smallest and the largest integer, if they are not just those of the dtype.
+
+        Rounding is monotone, so to clamp and then quantize is to quantize and then clamp between the bounds' integers.
+        """
         info = torch.iinfo(self.dtype)
-        found = (self.quant_min, self.quant_max)
-        return None if found == (info.min, info.max) else found
+        low, high = map(self.quantize, self.clamp)
+        return None if (low, high) == (info.min, info.max) else (low, high)
+
+    def clamped(self, low: float | None, high: float | None) -> "QParams":
+        """The same for values that are clamped once more; ``None`` is no bound."""
+        most = math.inf if high is None else high
+        least = -math.inf if low is None else min(low, most)  # Of two bounds that cross, torch takes the upper one.
+        low, high = (min(max(bound, least), most) for bound in self.clamp)
+        return replace(self, clamp=(low, high))
 
     def quantize(self, value: float) -> int:
         """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
+        if math.isinf(value):
+            return self.quant_max if value > 0 else self.quant_min
+        if value == 0:  # As most bounds are; it needs no tensor.
+            return min(max(self.zero_point, self.quant_min), self.quant_max)
         scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
         arguments = (scale, zero_point, self.quant_min, self.quant_max, torch.int32)
         return int(ops.quantize_per_tensor(torch.tensor(value), *arguments))
@@ -68,63 +86,151 @@ class QuantizedWeight:
         return self.scale if self.axis is not None else self.scale.expand(self.values.shape[0]).clone()
 
 
+class _State(dict[str, "Tensor | None"]):
+    """A kernel's buffers, of which every change is counted.
+
+    Each tensor in it has its version counter, which torch raises with every write in place, in common with one tensor
+    that stands for them all: at each call a single number is looked at. An assignment raises it, too. A tensor from
+    elsewhere is copied, as writes into it would be counted elsewhere.
+
+    Args:
+        counter: the tensor; ``detach`` gives others with its version counter.
+        state: the buffers, which become part of it as they are.
+    """
+
+    def __init__(self, counter: Tensor, state: dict[str, "Tensor | None"]) -> None:
+        super().__init__((name, None if value is None else _counted(counter, value)) for name, value in state.items())
+        self.counter = counter
+
+    def __setitem__(self, name: str, value: "Tensor | None") -> None:
+        before = None if value is None or value.is_inference() else value._version
+        increment_version(self.counter)
+        if value is not None and (before is None or before == value._version):
+            with torch.inference_mode(False):
+                value = _counted(self.counter, value.detach().clone())
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        increment_version(self.counter)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """As a dict's."""
+        increment_version(self.counter)
+        return super().pop(name, *default)
+
+    # Those of a dict wouldn't come by what is above.
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault
+    popitem, clear = MutableMapping.popitem, MutableMapping.clear
+
+
+def _counted(counter: Tensor, value: Tensor) -> Tensor:
+    """The same memory as a tensor whose version counter is that of ``counter``."""
+    with torch.inference_mode(False):
+        made = counter.detach()
+    try:
+        made.data = value
+    except RuntimeError:  # It holds no numbers (meta, fake), or is a transform's: no kernel computes with it.
+        return value
+    return made
+
+
 class KernelModule(nn.Module):
     """Base for kernels: plain tensors as state, and what is derived from them made when first needed.
 
     A subclass registers buffers and defines ``pack``, which gives the function that ``forward`` calls. What is
-    packed (a kernel's own weight format, Python numbers) is never copied, pickled or saved; it is made anew after
-    ``load_state_dict``, ``deepcopy``, unpickling and ``to``.
+    packed (a kernel's own weight format, Python numbers) is never copied, pickled or saved. It is made anew after
+    whatever changes the state: ``load_state_dict``, ``to``, an assignment, a write in place. Only what torch itself
+    doesn't see (a write through ``.data`` or into a numpy array) must be told by ``unpack``. Everything that depends on
+    calibration or weights is made in ``pack``; other attributes are the same for all models of one architecture.
 
     Attributes:
         replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
             at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
             that can't promise this says ``replayable = False``, and its whole model runs from Python.
-        state_token: another object whenever the state has changed.
+        state_counter: its version rises whenever the state changes; the kernels of a model have one.
     """
 
     replayable = True
+    state_counter: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: Any = None
-        self.state_token = object()
+        with torch.inference_mode(False):
+            self.share_counter(torch.empty(0))
+        self._ranges: dict[str, QParams] = {}
+
+    def share_counter(self, counter: Tensor) -> None:
+        """Let another tensor count the changes of the state; as long as nobody else has the buffers."""
+        self.state_counter = counter
+        self._packed: tuple[int, Any] = (-1, None)
+        self.__dict__["_buffers"] = _State(counter, self._buffers)
 
     def add_qparams(self, name: str, qparams: QParams) -> None:
         """Register ``{name}_scale`` and ``{name}_zero_point`` as buffers, so that a state_dict is complete."""
         self.register_buffer(f"{name}_scale", torch.tensor(qparams.scale, dtype=torch.float32))
         self.register_buffer(f"{name}_zero_point", torch.tensor(qparams.zero_point))
+        self._ranges[name] = qparams
 
     def qparams(self, name: str) -> tuple[float, int]:
         """The scale and the zero point that were registered under ``name``, as Python numbers."""
         return float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point"))
 
+    def bounds(self, name: str) -> tuple[int, int] | None:
+        """The ends of the integers of ``name``, with the qparams as they are; ``None``: just those of the dtype."""
+        scale, zero_point = self.qparams(name)
+        return replace(self._ranges[name], scale=scale, zero_point=zero_point).bounds
+
+    def check_state(self) -> None:
+        """Raise an error of qcore's if the kernel would compute something wrong with its state; before it is packed."""
+
     def pack(self) -> Any:
         """The function to call, with all that can be made from the buffers bound to it."""
         raise NotImplementedError(f"{type(self).__name__} must define pack")
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """What the packed function gives."""
-        run: Callable[..., Tensor] = self._packed or self.packed()
-        return run(*inputs)
+        version, run = self._packed
+        if version != self.state_counter._version:
+            run = self.packed()
+        found: Tensor = run(*inputs)
+        return found
 
     def packed(self) -> Any:
-        """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
-        if self._packed is None:
-            with PACKING:
+        """What ``pack`` gave, made once for a state; no two kernels of a process are packed at the same time."""
+        with PACKING:
+            # Read before: what another thread loads meanwhile is packed at the next call.
+            version = self.state_counter._version
+            if self._packed[0] != version:
+                self.check_state()
                 # By a twin on the same tensors: what it gives may hold it, and what holds itself isn't freed.
-                self._packed = copy.copy(self).pack()
-        return self._packed
+                twin = type(self).__new__(type(self))
+                vars(twin).update(vars(self), _packed=(-1, None))
+                self._packed = (version, twin.pack())
+            return self._packed[1]
+
+    def unpack(self) -> None:
+        """Drop what was packed: the state changed in a way that torch doesn't count."""
+        self._packed = (-1, None)
+        increment_version(self.state_counter)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
+        return {**self.__dict__, "_packed": (-1, None), "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.share_counter(self.state_counter)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("_buffers", ()):
+            value = value.detach()  # Else torch would make a Parameter of the buffer.
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.unpack()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.unpack()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in list(self._buffers.items()):  # Torch can be told to swap tensors rather than to copy.
+            self._buffers[name] = value
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; and models that have recordings hear of it."""
@@ -138,11 +244,24 @@ class KernelModule(nn.Module):
         look_again()
         return handle
 
-    def unpack(self) -> None:
-        """Drop what was packed: the state it was made of changes."""
-        self._packed = None
-        self.state_token = object()
-        look_again()
+
+class PadKernel(KernelModule):
+    """Padding of integers by the one that stands for zero; called with the integers and the sizes, as ``F.pad`` is.
+
+    Args:
+        input: qparams of the input, which are the result's, too.
+    """
+
+    kernel_name = "pad on integers"
+
+    def __init__(self, input: QParams) -> None:
+        super().__init__()
+        self.add_qparams("input", input)
+
+    def pack(self) -> Callable[..., Tensor]:
+        """Torch's own with its constant bound."""
+        _, zero_point = self.qparams("input")
+        return lambda x, sizes: F.pad(x, sizes, "constant", zero_point)
 
 
 def with_batch(run: Callable[..., Tensor], rank: int, width: int) -> Callable[..., Tensor]:

@@ -20,7 +20,7 @@ from qcore.fx.graph_module import QGraphModule, adopt, get_attribute, is_persist
 from qcore.fx.names import free_target, qparams_targets
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
-from qcore.kernel import QParams, QuantizedWeight
+from qcore.kernel import KernelModule, PadKernel, QParams, QuantizedWeight
 
 #: In place of a kernel's name.
 _AS_THEY_ARE = "integers as they are"
@@ -38,6 +38,8 @@ class QuantizedCall:
         output: the qparams of the result; ``None`` if the kernel must give float.
         overwritable: for each input, whether nothing reads its integers after this call, so that a kernel may write its
             result over them.
+        keeps_qparams: whether the plan gives the result the qparams of all inputs. (Others may be equal by chance,
+            which says nothing of the next state that is loaded.)
         dynamic: if the kernel is called with a float and finds its qparams itself: the range of the integers.
     """
 
@@ -47,6 +49,7 @@ class QuantizedCall:
     bias: Tensor | None
     output: QParams | None
     overwritable: tuple[bool, ...]
+    keeps_qparams: bool = False
     dynamic: tuple[int, int] | None = None
 
     @property
@@ -191,6 +194,7 @@ class _Lowering:
         self.modules: dict[fx.Node, nn.Module] = {}
         self.numbers = {qparams_targets(name): number for number, name in preparation.plan.observers.items()}
         self.integers: dict[fx.Node, _Integers] = {}
+        self.padded: dict[fx.Node, tuple[str, str]] = {}
         self.kernels: dict[str, str] = {}
         self.declined: dict[str, str] = {}
         self.planned = {name for decision in preparation.plan.quantized for name in decision.nodes}
@@ -234,6 +238,10 @@ class _Lowering:
             adopt(module, self.reference, name)
         self.take_attributes(module)
         self.name_modules(module)
+        counter = torch.empty(0)
+        for kernel in module.modules():
+            if isinstance(kernel, KernelModule):
+                kernel.share_counter(counter)
         plan = self.preparation.plan.with_kernels(self.kernels, self.declined)
         module.train(self.reference.training)
         return module.with_preparation(self.preparation.at("converted", plan))
@@ -280,11 +288,11 @@ class _Lowering:
 
     def lower_quantize(self, quantize: fx.Node) -> None:
         """Find what computes the integers of a quantize: a kernel, or the integers as they are."""
-        value = _node(quantize.args[0])
+        value, _ = self.unclamped(quantize)
         if self.lower_chain(value, quantize):
             return
         moved = self.integers.get(value)
-        if moved is not None and moved.key == _key(quantize):
+        if moved is not None and moved.key == _key(quantize) and value is quantize.args[0]:
             quantize.replace_all_uses_with(moved.node)
             self.kernels.setdefault(value.name, _AS_THEY_ARE)
         elif value.name in self.planned and value.name not in self.declined:
@@ -327,8 +335,9 @@ class _Lowering:
             inputs=tuple(self.qparams_by_key(value.key) for value in values),
             weight=weight,
             bias=bias,
-            output=None if quantize is None else self.qparams(quantize),
+            output=None if quantize is None else self.unclamped(quantize)[1],
             overwritable=tuple(self.is_overwritable(value.node, sources, chain[-1]) for value in values),
+            keeps_qparams=quantize is not None and all(value.key == _key(quantize) for value in values),
         )
         return call, [value.node for value in values]
 
@@ -358,9 +367,17 @@ class _Lowering:
         assert isinstance(found, Tensor)
         return found.detach()
 
-    def qparams(self, quantize: fx.Node) -> QParams:
-        _, scale, zero_point, low, high, dtype = quantize.args
-        return QParams(float(self.tensor(scale)), int(self.tensor(zero_point)), low, high, dtype)  # type: ignore[arg-type]
+    def unclamped(self, quantize: fx.Node) -> tuple[fx.Node, QParams]:
+        """What a quantize reads, before the clamps that the plan leaves to it; and its qparams, with their bounds."""
+        read, scale, zero_point, low, high, dtype = quantize.args
+        qparams = QParams(float(self.tensor(scale)), int(self.tensor(zero_point)), low, high, dtype)  # type: ignore[arg-type]
+        value, clamps = _node(read), []
+        while value.name in self.preparation.plan.absorbed:
+            clamps.append(value)
+            value = _node(value.args[0])
+        for clamp in reversed(clamps):
+            qparams = qparams.clamped(*clamp.args[1:3])  # type: ignore[arg-type]
+        return value, qparams
 
     def qparams_by_key(self, key: tuple[str, str]) -> QParams:
         """The qparams of integers; the range doesn't matter to those who read them."""
@@ -382,28 +399,33 @@ class _Lowering:
             return
         integer_of = {source: value.node for source, value in zip(sources, values, strict=True)}
         args = fx.map_arg(node.args, lambda argument: integer_of.get(argument, argument))
-        if op is PAD and node.args[2] == "constant":
-            args = (*args[:3], self.qparams_by_key(values[0].key).zero_point)
         with self.graph.inserting_after(node):
             moved = new_node(self.graph, "call_function", op.function, args)
+        if op is PAD and node.args[2] == "constant":
+            self.padded[moved] = values[0].key
         self.integers[node] = _Integers(moved, values[0].key)
         if op in (CHUNK, SPLIT):  # No quantize follows, only the getitems that take its parts out.
             self.kernels.setdefault(node.name, _AS_THEY_ARE)
 
     def cross_boundaries(self) -> None:
-        """Turn what is left of quantize and dequantize into the backend's modules."""
-        made: dict[tuple[str, object], fx.Node] = {}
+        """Turn what is left of quantize and dequantize into the backend's modules, and padding of integers."""
+        made: dict[object, fx.Node] = {}
         for node in list(self.graph.nodes):
+            identity: object = node
             if node.target is ops.quantize_per_tensor:
-                module = self.enter(self.qparams(node))
+                value, qparams = self.unclamped(node)
+                module, args = self.enter(qparams), (value,)
+                identity = (node.target, node.args[0], _key(node))
             elif node.target is ops.dequantize_per_tensor and not _is_attribute(node.args[0]):
-                module = self.leave(self.qparams_by_key(_key(node)))
+                module, args = self.leave(self.qparams_by_key(_key(node))), node.args[:1]
+                identity = (node.target, node.args[0], _key(node))
+            elif node in self.padded:
+                module, args = PadKernel(self.qparams_by_key(self.padded[node])), node.args[:2]
             else:
                 continue
-            identity = (str(node.target), (node.args[0], *_key(node)))
             if identity not in made:
                 with self.graph.inserting_before(node):
-                    made[identity] = self.add_module(node.name, module, (node.args[0],))
+                    made[identity] = self.add_module(node.name, module, args)
             node.replace_all_uses_with(made[identity])
 
     def add_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:

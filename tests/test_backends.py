@@ -161,3 +161,32 @@ def test_no_value_is_made_float_only_for_its_shape(installed_backend):
     assert {d.kernel for d in plan.quantized if d.operators == ("chunk",)} == {"integers as they are"}
     called = [node for node in converted.graph.nodes if node.op == "call_module"]
     assert [node for node in called if "dequantize" in node.name] in ([], called[-1:])
+
+
+BY_SHAPE = {
+    "1x1": lambda: nn.Sequential(nn.Conv2d(16, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1)),
+    "depthwise": lambda: nn.Sequential(
+        nn.Conv2d(16, 192, 1), nn.ReLU6(), nn.Conv2d(192, 192, 3, padding=1, groups=192)
+    ),
+    "3x3": lambda: nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Hardswish(), nn.Conv2d(32, 8, 3, stride=2)),
+    "linear": lambda: nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 30)),
+}
+SHAPES = [(1, 16, 3), (1, 16, 33), (2, 16, 7), (1, 16, 14), (2, 16, 28), (5, 16, 5), (1, 16, 40), (3, 16, 6)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_the_shapes_that_came_before_change_no_bit(installed_backend, name):
+    """What a kernel packs for a shape, and which kernel it is, depends on that shape only."""
+    model = BY_SHAPE[name]().eval()
+    inputs = [torch.randn(*shape, shape[-1]).movedim(1, -1 if name == "linear" else 1) for shape in SHAPES]
+    mapping = qcore.get_default_qconfig_mapping(installed_backend)
+    prepared = qcore.prepare_fx(model, mapping, (inputs[0],), backend=installed_backend)
+    qcore.calibrate(prepared, inputs)
+    converted = qcore.convert_fx(prepared)
+    expected = [copy.deepcopy(converted)(x) for x in inputs]
+    for turn in range(len(inputs)):
+        order = [(turn + step * (3 if turn % 2 else 1)) % len(inputs) for step in range(len(inputs))]
+        used = copy.deepcopy(converted)
+        for number in order * 4:  # Written out, recorded and replayed.
+            assert torch.equal(used(inputs[number]), expected[number])

@@ -13,6 +13,7 @@ from torch import nn
 import qcore
 from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
 from qcore.fx.graph_module import get_attribute
+from qcore.kernel import QParams
 
 WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
 MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
@@ -67,26 +68,38 @@ def test_to_absorb_a_clamp_is_to_clamp_and_then_quantize(seed, low, high, activa
     conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
     mapping = QConfigMapping().set_global(QConfig(activation, WEIGHT))
     reference = convert(nn.Sequential(conv, nn.Hardtanh(low, high)), x, mapping)
-    assert not [n for n in reference.graph.nodes if n.target is torch.clamp]
-    *_, quantize, _dequantize, _ = reference.graph.nodes
+    *_, clamp, _scale, _zero_point, quantize, _dequantize, _ = reference.graph.nodes
+    assert clamp.target is torch.clamp  # As a float: its integers depend on the scale.
     scale, zero_point = (get_attribute(reference, node.target) for node in quantize.args[1:3])
-    taken = {}
+    ends = quantize.args[3:5]
+    assert ends == ((-128, 127) if activation is SYMMETRIC else (0, 255 if activation is MinMaxObserver else 127))
+    qparams = QParams(float(scale), int(zero_point), *ends, quantize.args[5])
+    least, most = qparams.clamped(low, high).bounds or ends
+    values = torch.cat([3 * torch.randn(200), torch.tensor([low, high, 0.0, float("inf"), -float("inf")])])
+    clamped = torch.clamp(values, low, high)
+    expected = torch.ops.qcore.quantize_per_tensor(clamped, *(scale, zero_point), *quantize.args[3:])
+    found = torch.ops.qcore.quantize_per_tensor(values, *(scale, zero_point), least, most, quantize.args[5])
+    assert torch.equal(found, expected)
 
-    class Spy(torch.fx.Interpreter):
-        def run_node(self, n):
-            taken[n.name] = super().run_node(n)
-            return taken[n.name]
 
-    fresh = 3 * torch.randn(2, 3, 6, 6)
-    Spy(reference, garbage_collect_values=False).run(fresh)
-    before, after = taken[quantize.args[0].name], taken[quantize.name]
-    dtype = quantize.args[5]
-    low_end, high_end = (
-        (-128, 127) if dtype == torch.int8 else (0, 127 if mapping.global_qconfig.activation != MinMaxObserver else 255)
-    )
-    clamped = torch.clamp(before, low, high)
-    expected = torch.clamp(torch.round(clamped * (1.0 / scale)) + zero_point, low_end, high_end).to(dtype)
-    assert torch.equal(after, expected)
+@settings(max_examples=50, deadline=None)
+@given(
+    bounds=st.lists(
+        st.tuples(st.none() | st.floats(-3, 3, width=32), st.none() | st.floats(-3, 3, width=32)), max_size=4
+    ),
+    zero_point=st.integers(0, 255),
+)
+def test_clamps_in_a_row_are_one(bounds, zero_point):
+    """Also those of which the upper bound is the smaller one, and those that have nothing in common."""
+    qparams = QParams(0.02, zero_point, 0, 255, torch.uint8)
+    values = clamped = torch.linspace(-8, 8, 999)
+    for low, high in bounds:
+        qparams = qparams.clamped(low, high)
+        clamped = clamped if low is None and high is None else torch.clamp(clamped, low, high)
+    low, high = qparams.bounds or (0, 255)
+    arguments = torch.tensor(0.02), torch.tensor(zero_point), 0, 255, torch.uint8
+    expected, plain = (torch.ops.qcore.quantize_per_tensor(x, *arguments) for x in (clamped, values))
+    assert torch.equal(plain.clamp(low, high), expected)
 
 
 def test_a_module_called_twice_keeps_both_outputs_accurate():
@@ -129,6 +142,91 @@ def test_a_functional_weight_that_is_read_as_float_too():
     found = convert(model, x)
     assert (found(x) - model(x)).norm() < 0.02 * model(x).norm()
     assert {value.dtype for value in found.state_dict().values()} >= {torch.float32, torch.int8}
+
+
+class Reading(nn.Module):
+    """A linear layer, and something else that asks for its weight."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.layer, x)
+
+
+READING = {
+    "shape": lambda layer, x: layer(x).reshape(-1, layer.weight.shape[0]),
+    "size": lambda layer, x: layer(x) * layer.weight.size(0),
+    "dtype": lambda layer, x: layer(x.to(layer.weight.dtype)),
+    "device": lambda layer, x: layer(x.to(layer.weight.device)),
+    "new_zeros": lambda layer, x: layer(x) + layer.weight.new_zeros(8),
+    "new_zeros of another shape": lambda layer, x: layer(x) + layer.weight.new_zeros(x.shape),
+    "data": lambda layer, x: layer(x) + layer.weight.data.sum(),
+    "detach": lambda layer, x: layer(x) + layer.weight.detach().mean(),
+    "norm": lambda layer, x: layer(x) / layer.weight.norm(),
+    "returned": lambda layer, x: torch.cat([layer(x), layer.weight]),
+    "bias": lambda layer, x: layer(x) + layer.bias + layer.bias.new_ones(8),
+    "an embedding": lambda layer, x: layer(x) + F.embedding(torch.arange(5), layer.weight),
+    "another product": lambda layer, x: layer(x) + F.linear(x, layer.weight.t()),
+    "as an activation": lambda layer, x: layer(x) + F.linear(layer.weight, layer.weight).sum(0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read", READING)
+def test_whoever_reads_a_float_weight_gets_it(read, installed_backend):
+    model, x = Reading(READING[read]).eval(), torch.randn(5, 8)
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (x,))
+    qcore.calibrate(prepared, [x])
+    for made in (qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)):
+        for again in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            for _ in range(4):
+                found = again(x)
+                assert (found - model(x)).norm() < 0.03 * model(x).norm() and found.dtype == torch.float32
+        assert any(value.dtype == torch.int8 for value in made.state_dict().values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_layer_called_twice_of_which_one_call_stays_float(number, installed_backend):
+    model, x = Reading(lambda layer, x: layer(x) + layer(x[:1])).eval(), torch.randn(5, 8)
+    mapping = qcore.get_default_qconfig_mapping(installed_backend)
+    mapping.set_module_name_object_type_order("", nn.Linear, number, None)
+    prepared = qcore.prepare_fx(model, mapping, (x,))
+    qcore.calibrate(prepared, [x])
+    converted = qcore.convert_fx(prepared)
+    assert len(qcore.explain(converted).quantized) == 1
+    for _ in range(4):
+        assert (converted(x) - model(x)).norm() < 0.03 * model(x).norm()
+
+
+class Tied(nn.Module):
+    """A language model's two ends, of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.linear = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.linear(self.embedding(tokens)))
+
+
+@torch.no_grad()
+def test_a_weight_that_is_an_embedding_too_is_stored_as_float_and_as_integers(installed_backend):
+    model, tokens = Tied().eval(), torch.randint(0, 20, (3, 4))
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (tokens,))
+    qcore.calibrate(prepared, [tokens])
+    for made in (qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)):
+        for _ in range(4):
+            assert (made(tokens) - model(tokens)).norm() < 0.03 * model(tokens).norm()
+        assert torch.equal(made.state_dict()["embedding.weight"], model.embedding.weight)
+        of_head = [value for value in made.state_dict().values() if value.shape == (20, 8)]
+        assert sorted(str(value.dtype) for value in of_head) == ["torch.float32", "torch.int8"]
 
 
 def test_a_parameter_that_is_called_like_the_qparams_of_a_weight_is_left_alone():

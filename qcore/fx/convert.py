@@ -114,9 +114,6 @@ class _Conversion:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.qparam_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.read_as_float = self.float_targets()
-        self.clamps_before: dict[str, list[str]] = {}
-        for clamp, result in self.plan.absorbed.items():
-            self.clamps_before.setdefault(result, []).append(clamp)
         self.qparams = _all_qparams(observers)
         self.notes: list[str] = []
         self.memo = memo
@@ -148,10 +145,6 @@ class _Conversion:
                 marker = new_node(self.graph, "call_function", torch.detach, (node,))
             node.replace_all_uses_with(marker, delete_user_cb=lambda user, marker=marker: user is not marker)
             self.replace_observer(marker, number)
-        for name in self.plan.absorbed:
-            clamp = self.nodes[name]
-            clamp.replace_all_uses_with(clamp.all_input_nodes[0])
-            self.graph.erase_node(clamp)
         drop_unread(self.graph)
         self.take_attributes()
         plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
@@ -208,37 +201,17 @@ class _Conversion:
         value = node.all_input_nodes[0]
         scale, zero_point = self.qparams_of(number, node)
         tensor = self.plan.tensors[number]
-        low, high = self.bounds(value.name, number, tensor)
+        bounds = (tensor.quant_min, tensor.quant_max)
         with self.graph.inserting_before(node):
             quantized = new_node(
                 self.graph,
                 "call_function",
                 ops.quantize_per_tensor,
-                (value, scale, zero_point, low, high, tensor.traits.dtype),
+                (value, scale, zero_point, *bounds, tensor.traits.dtype),
             )
             result = new_node(self.graph, "call_function", ops.dequantize_per_tensor, (quantized, scale, zero_point))
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
-
-    def bounds(self, value: str, number: int, tensor: QuantizedTensor) -> tuple[int, int]:
-        """The integers that a quantize may give: the tensor's range, cut by the clamps that it stands for.
-
-        Rounding is monotone, so to clamp and then quantize is to quantize and then clamp between the bounds' integers.
-        """
-        low, high = tensor.quant_min, tensor.quant_max
-        for name in self.clamps_before.get(value, ()):
-            _, least, most = self.nodes[name].args[:3]
-            low = low if least is None else max(low, self.integer(float(least), number))
-            high = high if most is None else min(high, self.integer(float(most), number))
-        return low, high
-
-    def integer(self, value: float, number: int) -> int:
-        """The integer that stands for a real number with some qparams."""
-        scale, zero_point = self.qparams[number]
-        low, high = self.plan.tensors[number].quant_min, self.plan.tensors[number].quant_max
-        if value == 0:  # As most bounds are; it needs no tensor.
-            return min(max(int(zero_point), low), high)
-        return int(ops.quantize_per_tensor(torch.tensor(value), scale, zero_point, low, high, torch.int32))
 
     def quantize_weights(self) -> None:
         """Let every planned operator read integers; a weight that several operators read alike is stored once."""
@@ -270,6 +243,8 @@ class _Conversion:
         """
         target = str(source.target)
         if target in self.read_as_float or not is_free(self.root, target):
+            if target.rpartition(".")[0] in self.called:  # Lowering takes a module that is called as it is.
+                target = target.replace(".", "_")
             target = free_target(f"{target}_int", self.prepared, self.root)
         set_tensor(self.root, target, weight.values)
         qparams = self.store_qparams(

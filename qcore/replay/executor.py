@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -50,10 +50,11 @@ _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _autocasts = torch._C._is_any_autocast_enabled
+_version_of = attrgetter("_version")
 
 
 def look_again() -> None:
-    """The state of some kernel changed; whatever has recordings asks its own kernels whether it was theirs."""
+    """Some kernel has a new hook; whatever has recordings asks its own kernels whether it is theirs."""
     global _generation
     _generation += 1
 
@@ -108,7 +109,8 @@ class Executor:
         self.kernel_hooks: list[dict[Any, Any]] = []
         self.is_kernel_hooked = False
         self.state: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
-        self.kernels: list[tuple[Any, object]] = []
+        self.counters: list[Tensor] = []
+        self.versions: list[int] = []
 
     @property
     def module(self) -> fx.GraphModule:
@@ -150,11 +152,11 @@ class Executor:
         """Drop the recordings if the module isn't what it was."""
         generation = _generation
         if generation != self.generation:
-            if self.generation < 0 or any(kernel.state_token is not token for kernel, token in self.kernels):
+            if self.generation < 0:
                 self.start_anew()
             self.is_kernel_hooked = any(self.kernel_hooks)
             self.generation = generation
-        if self.module.training is not self.training:
+        if self.module.training is not self.training or list(map(_version_of, self.counters)) != self.versions:
             self.start_anew()
         for registry, values in self.state:
             if len(registry) != len(values) or not all(map(is_, registry.values(), values)):
@@ -177,13 +179,16 @@ class Executor:
     def start_anew(self) -> None:
         """Look at the module as it is now."""
         modules = list(self.module.modules())
+        # A kernel says itself when its state or its hooks change. Of whatever else there is, every attribute may count.
+        kernels = [module for module in modules if hasattr(module, "state_counter")]
+        others = [module for module in modules if not hasattr(module, "state_counter")]
+        # What lowering made has one counter. The versions are read first: what changes from here on counts.
+        counters: list[Any] = list({id(kernel.state_counter): kernel.state_counter for kernel in kernels}.values())
+        versions = list(map(_version_of, counters))
         # Others: a thread that records now must not write into what comes after.
         self.programs, self.seen = {}, set()
+        self.counters, self.versions = counters, versions
         self.is_replayable = _is_replayable(self.module)
-        # A kernel says itself when its state or its hooks change. Of whatever else there is, every attribute may count.
-        kernels = [module for module in modules if hasattr(module, "state_token")]
-        others = [module for module in modules if not hasattr(module, "state_token")]
-        self.kernels = [(kernel, kernel.state_token) for kernel in kernels]
         self.kernel_hooks, self.hooks = _hooks_of(kernels), _hooks_of(others)
         self.hooks += [_torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks]
         registries: list[dict[str, Any]] = [module._modules for module in modules]

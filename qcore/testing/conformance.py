@@ -5,6 +5,7 @@ import io
 import operator
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -207,6 +208,23 @@ class BackendConformance:
             file.seek(0)
             twin.load_state_dict(torch.load(file, weights_only=True))
             assert torch.equal(twin(*inputs), expected)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_a_state_dict_makes_a_twin_the_same_model(self, case: Case) -> None:
+        """Whatever weights and data the twin was made of, called or not: all that depends on them is in the state."""
+        _, converted = self.make(case)
+        torch.manual_seed(1)
+        _, other = self.make(replace(case, unit=7 * case.unit))
+        inputs = tuple(3 * x for x in case.inputs(2))
+        with torch.no_grad():
+            expected = converted(*inputs)
+            for calls in (0, 4):
+                twin = copy.deepcopy(other)
+                for _ in range(calls):
+                    twin(*inputs)
+                twin.load_state_dict(converted.state_dict(), assign=calls > 0)
+                for _ in range(4):
+                    assert torch.equal(twin(*inputs), expected)
 
     def test_threads_compute_the_same_bits(self) -> None:
         """One model called by several threads at once, the first calls included."""

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore.broadcast import factors
+from qcore.errors import BackendUnavailableError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore_fbgemm.observers import is_depthwise, largest_sum
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
@@ -30,6 +32,24 @@ def supported_engines() -> list[str]:
 def has_vnni() -> bool:
     """Whether the CPU has AVX-512 VNNI, the only form of it that FBGEMM uses."""
     return bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+
+
+def check_pairs(weight: Tensor, largest: int, input_max: int) -> None:
+    """Refuse a weight that was loaded into a kernel, where a rule would have declined it.
+
+    Args:
+        weight: int8.
+        largest: what two weights whose products are added in 16 bits add up to at most.
+        input_max: the largest integer that the activation takes.
+
+    Raises:
+        BackendUnavailableError: such a sum could saturate on this CPU.
+    """
+    if (is_depthwise(weight) or not has_vnni()) and largest * input_max > 2**15 - 1:
+        raise BackendUnavailableError(
+            f"a weight of shape {tuple(weight.shape)} was loaded whose sums could saturate in 16 bits on this CPU; "
+            "convert the model that it comes from here, or load it into a reference model"
+        )
 
 
 @contextmanager
@@ -70,7 +90,6 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -78,7 +97,7 @@ class Quantize(KernelModule):
         quantize = torch.quantize_per_tensor
         with _engine():
             quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
-        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds("output"))
 
 
 class Dequantize(KernelModule):
@@ -105,22 +124,41 @@ class _Weighted(KernelModule):
         weight: int8, symmetric.
         bias: float32.
         output: qparams of the result.
+        input_max: the largest integer that the activation takes; ``None``: whatever is loaded is taken.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, output: QParams) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, output: QParams, input_max: int | None = None
+    ) -> None:
         super().__init__()
+        self.input_max = input_max
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("output", output)
-        self.bounds = output.bounds
-        self.relu = ""
-        if self.bounds == (output.zero_point, 255):
-            self.relu, self.bounds = "_relu", None
+
+    @property
+    def relu(self) -> str:
+        """How the kernel's name ends: a cut at zero and nowhere else is its own ReLU."""
+        return "_relu" if self.bounds("output") == (self.qparams("output")[1], 255) else ""
+
+    @property
+    def cuts(self) -> tuple[int, int] | None:
+        """The bounds that the kernel doesn't keep to by itself."""
+        return None if self.relu else self.bounds("output")
+
+    def largest_sum(self) -> int:
+        """What two weights whose products are added in 16 bits add up to at most."""
+        return largest_sum(self.weight)
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        if self.input_max is not None:
+            check_pairs(self.weight, self.largest_sum(), self.input_max)
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -150,8 +188,9 @@ class QConv(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], int],
+        input_max: int | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
+        super().__init__(weight, bias, output, input_max)
         self.geometry = geometry
 
     @property
@@ -176,7 +215,7 @@ class QConv(_Weighted):
 
         batched = run if extended is None else _sliced(run, *extended)
         width = self.weight.shape[1] * self.geometry[3]
-        return _bounded(with_batch(batched, dimensions + 2, width), self.bounds)
+        return _bounded(with_batch(batched, dimensions + 2, width), self.cuts)
 
     def _with_usual_padding(self) -> tuple[tuple[Any, ...], tuple[list[int], list[int], list[int], list[int]] | None]:
         """A 2d depthwise convolution without padding, as one with half its kernel's size, of which a part is kept.
@@ -215,11 +254,14 @@ class QConvTranspose(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], list[int], int],
+        input_max: int | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
-        if self.relu:  # There is no such kernel; the bounds do what it would.
-            self.relu, self.bounds = "", output.bounds
+        super().__init__(weight, bias, output, input_max)
         self.geometry = geometry
+
+    def largest_sum(self) -> int:
+        """Which weights the kernel pairs isn't known."""
+        return 2 * int(self.weight.to(torch.int32).abs().max())
 
     @property
     def kernel_name(self) -> str:
@@ -235,7 +277,7 @@ class QConvTranspose(_Weighted):
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2, self.weight.shape[0])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QLinear(_Weighted):
@@ -253,7 +295,7 @@ class QLinear(_Weighted):
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), 2, self.weight.shape[1])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.cuts)
 
 
 class QLinearToFloat(WeightKernel):
@@ -270,6 +312,11 @@ class QLinearToFloat(WeightKernel):
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, input: QParams) -> None:
         super().__init__(weight, bias)
         self.add_qparams("input", input)
+        self.input_max = input.quant_max
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_pairs(self.weight, largest_sum(self.weight), self.input_max)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound; it quantizes what it reads, which gives the integers back."""
@@ -291,6 +338,10 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "FBGEMM linear, range at run time"
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_pairs(self.weight, largest_sum(self.weight), 255)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -314,7 +365,6 @@ class QAdd(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; the form with an output doesn't look at the engine."""
@@ -329,7 +379,7 @@ class QAdd(KernelModule):
             add(a, b, out)
             return out
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QMul(KernelModule):
@@ -344,7 +394,6 @@ class QMul(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -355,26 +404,25 @@ class QMul(KernelModule):
             y: Tensor = mul(*factors(a, b), scale, zero_point)
             return y
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QClamp(KernelModule):
     """A clamp on integers as they are.
 
     Args:
-        low: smallest integer.
-        high: largest integer.
+        output: qparams of input and result, with the bounds as their clamp.
     """
 
     kernel_name = "clamp on integers"
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, output: QParams) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.add_qparams("output", output)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """Torch's clamp of quantized tensors depends on the engine, and is wrong for channels_last in one of them."""
-        low, high = self.low, self.high
+        low, high = self.bounds("output") or (0, 255)
         return lambda x: _as_quantized(_as_plain(x).clamp(low, high), x.q_scale(), x.q_zero_point())
 
 

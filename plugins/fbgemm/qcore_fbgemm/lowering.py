@@ -32,7 +32,7 @@ def conv(call: QuantizedCall) -> nn.Module | Declined:
     if _saturates(call, call.weight.values, largest_sum(call.weight.values)):
         return _SATURATES
     geometry = (list(stride), padding, list(dilation), groups)
-    return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry)
+    return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry, call.inputs[0].quant_max)
 
 
 def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
@@ -52,7 +52,7 @@ def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
         return _SATURATES
     _, _, _, stride, padding, output_padding, groups, dilation = call.args
     geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
-    return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry)
+    return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry, call.inputs[0].quant_max)
 
 
 def linear(call: QuantizedCall) -> nn.Module | Declined:
@@ -62,7 +62,7 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
         return _SATURATES
     if call.output is None:
         return kernels.QLinearToFloat(call.weight, call.bias, call.inputs[0])
-    return kernels.QLinear(call.weight, call.bias, call.quantized_output)
+    return kernels.QLinear(call.weight, call.bias, call.quantized_output, call.inputs[0].quant_max)
 
 
 def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
@@ -87,9 +87,7 @@ def mul(call: QuantizedCall) -> nn.Module | Declined:
 
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
-    low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
-    cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
-    return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
+    return kernels.QClamp(call.quantized_output.clamped(*call.args[1:3]))
 
 
 def pad(call: QuantizedCall) -> nn.Module | Declined:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.broadcast import factors
+from qcore.errors import LoweringError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.lookup import LookupKernel
 
@@ -31,6 +32,15 @@ _ROUNDING = 1.5 * 2**23
 def supported_engines() -> list[str]:
     """The engines that this torch offers on this machine."""
     return [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+
+
+TOO_SMALL = "the scales of its input and its weight have a product below float32's smallest normal number"
+
+
+def is_too_small(input_scale: float, weight_scale: Tensor) -> bool:
+    """Whether the scale of the sums leaves float32's normal numbers, among which the kernels compute it."""
+    smallest = float(weight_scale.min()) if weight_scale.numel() else 1.0
+    return input_scale * smallest < torch.finfo(torch.float32).tiny
 
 
 @contextmanager
@@ -71,7 +81,6 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -79,9 +88,9 @@ class Quantize(KernelModule):
         quantize = torch.quantize_per_tensor
         with _engine():
             quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
-        whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
+        whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds("output"))
         steps = float(1.0 / torch.tensor(scale, dtype=torch.float32))
-        low, high = self.bounds or (0, 255)
+        low, high = self.bounds("output") or (0, 255)
 
         def run(x: Tensor) -> Tensor:
             if _layout(x) is None:
@@ -126,22 +135,46 @@ class _Weighted(KernelModule):
         weight: int8, symmetric.
         bias: float32.
         output: qparams of the result.
+        input: qparams of the activation, to look at what is loaded; ``None``: whatever is loaded is taken.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, output: QParams) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, output: QParams, input: QParams | None = None
+    ) -> None:
         super().__init__()
+        self.has_input = input is not None
+        if input is not None:
+            self.add_qparams("input", input)
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale.to(torch.float32))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
         self.add_qparams("output", output)
-        self.bounds = output.bounds
-        self.relu = ""
-        if self.bounds == (output.zero_point, 255):
-            self.relu, self.bounds = "_relu", None
+
+    @property
+    def relu(self) -> str:
+        """How the kernel's name ends: a cut at zero and nowhere else is its own ReLU."""
+        return "_relu" if self.bounds("output") == (self.qparams("output")[1], 255) else ""
+
+    @property
+    def cuts(self) -> tuple[int, int] | None:
+        """The bounds that the kernel doesn't keep to by itself."""
+        return None if self.relu else self.bounds("output")
+
+    def check_state(self) -> None:
+        """Refuse a state that was loaded, where a rule would have declined it.
+
+        Raises:
+            LoweringError: the scale of the sums is below float32's normal numbers.
+        """
+        if self.has_input and is_too_small(self.qparams("input")[0], self.weight_scale):
+            raise LoweringError(
+                f"scales were loaded that a kernel can't compute with: {TOO_SMALL}. Convert the model that they "
+                "come from, or load them into a reference model"
+            )
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -171,8 +204,9 @@ class QConv(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], int],
+        input: QParams | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
+        super().__init__(weight, bias, output, input)
         self.geometry = geometry
 
     @property
@@ -191,7 +225,7 @@ class QConv(_Weighted):
         scale, zero_point = self.qparams("output")
         width = self.weight.shape[1] * self.geometry[3]
         run = with_batch(lambda x: overload(_channels_last(x), packed, scale, zero_point), dimensions + 2, width)
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.cuts)
 
 
 class QConvTranspose(_Weighted):
@@ -210,10 +244,9 @@ class QConvTranspose(_Weighted):
         bias: Tensor | None,
         output: QParams,
         geometry: tuple[list[int], list[int], list[int], list[int], int],
+        input: QParams | None = None,
     ) -> None:
-        super().__init__(weight, bias, output)
-        if self.relu:  # There is no such kernel; the bounds do what it would.
-            self.relu, self.bounds = "", output.bounds
+        super().__init__(weight, bias, output, input)
         self.geometry = geometry
 
     @property
@@ -230,7 +263,7 @@ class QConvTranspose(_Weighted):
         kernel = getattr(_LIBRARY, f"conv_transpose{dimensions}d").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), dimensions + 2, self.weight.shape[0])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QLinear(_Weighted):
@@ -248,7 +281,7 @@ class QLinear(_Weighted):
         kernel = getattr(_LIBRARY, f"linear{self.relu}").default
         scale, zero_point = self.qparams("output")
         run = with_batch(lambda x: kernel(x, packed, scale, zero_point), 2, self.weight.shape[1])
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.cuts)
 
 
 class QDynamicLinear(WeightKernel):
@@ -283,7 +316,6 @@ class QAdd(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound; the form with an output doesn't look at the engine."""
@@ -300,7 +332,7 @@ class QAdd(KernelModule):
                 add(x, y, z)
             return out
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QMul(KernelModule):
@@ -315,7 +347,6 @@ class QMul(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""
@@ -326,7 +357,7 @@ class QMul(KernelModule):
             y: Tensor = mul(*factors(a, b), scale, zero_point)
             return y
 
-        return _bounded(run, self.bounds)
+        return _bounded(run, self.bounds("output"))
 
 
 class QGlobalAvgPool(nn.Module):
@@ -380,19 +411,18 @@ class QClamp(KernelModule):
     """A clamp on integers as they are.
 
     Args:
-        low: smallest integer.
-        high: largest integer.
+        output: qparams of input and result, with the bounds as their clamp.
     """
 
     kernel_name = "clamp on integers"
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, output: QParams) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.add_qparams("output", output)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """Torch's clamp of quantized tensors depends on the engine, and is wrong for channels_last in one of them."""
-        low, high = self.low, self.high
+        low, high = self.bounds("output") or (0, 255)
         return lambda x: _as_quantized(_as_plain(x).clamp(low, high), x.q_scale(), x.q_zero_point())
 
 

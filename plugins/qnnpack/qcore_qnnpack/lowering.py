@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from qcore.fx import operators as op
@@ -12,13 +11,11 @@ from qcore_qnnpack import kernels
 
 
 def _is_too_small(call: QuantizedCall) -> bool:
-    """Whether the scale of the sums leaves float32's normal numbers, among which the kernels compute it."""
     assert call.weight is not None
-    smallest = float(call.weight.scale.min()) if call.weight.scale.numel() else 1.0
-    return call.inputs[0].scale * smallest < torch.finfo(torch.float32).tiny
+    return kernels.is_too_small(call.inputs[0].scale, call.weight.scale)
 
 
-_TOO_SMALL = Declined("the scales of its input and its weight have a product below float32's smallest normal number")
+_TOO_SMALL = Declined(kernels.TOO_SMALL)
 
 
 def conv(call: QuantizedCall) -> nn.Module | Declined:
@@ -31,7 +28,7 @@ def conv(call: QuantizedCall) -> nn.Module | Declined:
     if _is_too_small(call):
         return _TOO_SMALL
     geometry = (list(stride), padding, list(dilation), groups)
-    return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry)
+    return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry, call.inputs[0])
 
 
 def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
@@ -51,7 +48,7 @@ def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
         return _TOO_SMALL
     _, _, _, stride, padding, output_padding, groups, dilation = call.args
     geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
-    return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry)
+    return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry, call.inputs[0])
 
 
 def linear(call: QuantizedCall) -> nn.Module | Declined:
@@ -59,7 +56,7 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
     assert call.weight is not None
     if _is_too_small(call):
         return _TOO_SMALL
-    return kernels.QLinear(call.weight, call.bias, call.quantized_output)
+    return kernels.QLinear(call.weight, call.bias, call.quantized_output, call.inputs[0])
 
 
 def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
@@ -88,9 +85,7 @@ def global_avg_pool(call: QuantizedCall) -> nn.Module | Declined:
 
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
-    low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
-    cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
-    return kernels.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
+    return kernels.QClamp(call.quantized_output.clamped(*call.args[1:3]))
 
 
 def pad(call: QuantizedCall) -> nn.Module | Declined:

@@ -23,7 +23,6 @@ class _Binary(KernelModule):
         super().__init__()
         for name, qparams in (("first", first), ("second", second), ("output", output)):
             self.add_qparams(name, qparams)
-        self.bounds = output.bounds
 
     def in_float(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """The computation without quantized kernels."""
@@ -32,7 +31,7 @@ class _Binary(KernelModule):
         def run(a: Tensor, b: Tensor) -> Tensor:
             return kernels.quantize(function(kernels.dequantize(a, *first), kernels.dequantize(b, *second)), *output)
 
-        return kernels.bounded(run, self.bounds)
+        return kernels.bounded(run, self.bounds("output"))
 
 
 class QAdd(_Binary):
@@ -50,7 +49,7 @@ class QAdd(_Binary):
         def run(a: Tensor, b: Tensor) -> Tensor:
             return kernels.add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
 
-        return kernels.bounded(run, self.bounds)
+        return kernels.bounded(run, self.bounds("output"))
 
 
 class QMul(_Binary):
@@ -63,7 +62,7 @@ class QMul(_Binary):
         if not kernels.has_quantized():
             return self.in_float(torch.mul)
         first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
-        return kernels.bounded(lambda a, b: kernels.mul(a, b, first, second, output), self.bounds)
+        return kernels.bounded(lambda a, b: kernels.mul(a, b, first, second, output), self.bounds("output"))
 
 
 class QMean(KernelModule):
@@ -80,7 +79,7 @@ class QMean(KernelModule):
 
     def __init__(self, dims: tuple[int, ...], keepdim: bool, input: QParams, output: QParams) -> None:
         super().__init__()
-        self.dims, self.keepdim, self.bounds = dims, keepdim, output.bounds
+        self.dims, self.keepdim = dims, keepdim
         self.add_qparams("input", input)
         self.add_qparams("output", output)
 
@@ -93,4 +92,4 @@ class QMean(KernelModule):
             size = max(1, math.prod(x.shape[dim] for dim in dims))
             return kernels.quantize(kernels.dequantize(x, *input).sum(dims, keepdim), scale * size, zero_point)
 
-        return kernels.bounded(run, self.bounds)
+        return kernels.bounded(run, self.bounds("output"))

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcore.kernel import KernelModule
+from qcore.kernel import KernelModule, QParams
 
 
 def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
@@ -52,17 +52,16 @@ class QClamp(KernelModule):
     """A clamp on integers as they are.
 
     Args:
-        low: smallest integer.
-        high: largest integer.
+        output: qparams of input and result, with the bounds as their clamp.
     """
 
     kernel_name = "clamp on integers"
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, output: QParams) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.add_qparams("output", output)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """Torch's own."""
-        low, high = self.low, self.high
+        low, high = self.bounds("output") or (0, 255)
         return lambda x: x.clamp(low, high)

@@ -199,20 +199,19 @@ class Quantize(KernelModule):
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
-        self.bounds = output.bounds
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
-        scale, zero_point = self.qparams("output")
+        (scale, zero_point), bounds = self.qparams("output"), self.bounds("output")
         if not has_engine("qnnpack"):
-            return bounded(lambda x: quantize(x, scale, zero_point), self.bounds)
+            return bounded(lambda x: quantize(x, scale, zero_point), bounds)
 
         def run(x: Tensor) -> Tensor:
             is_image = x.dim() == 4 and 2 <= x.shape[1] <= 4 and x.is_contiguous() and x.numel() > 0
             q = torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE)
             return as_plain(_interleaved(q) if is_image else q)
 
-        return bounded(run, self.bounds)
+        return bounded(run, bounds)
 
 
 def _interleaved(q: Tensor) -> Tensor:
@@ -245,7 +244,7 @@ class Dequantize(KernelModule):
         return lambda x: dequantize(x, *input)
 
 
-class _Weighted(KernelModule):
+class _Weighted(WeightKernel):
     """What convolution and linear kernels have in common: the state.
 
     Args:
@@ -253,12 +252,8 @@ class _Weighted(KernelModule):
         bias: float32.
         input: qparams of the activation.
         output: qparams of the result; ``None`` for float.
-        activation: oneDNN's name of the activation to compute in the kernel, its scalars and its algorithm.
+        given: oneDNN's name of the activation to compute in the kernel, its scalars and its algorithm.
     """
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -266,23 +261,32 @@ class _Weighted(KernelModule):
         bias: Tensor | None,
         input: QParams,
         output: QParams | None,
-        activation: tuple[str, list[float], str],
+        given: tuple[str, list[float], str],
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.values)
-        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
-        self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
+        super().__init__(weight, None if bias is None else bias.to(torch.float32))
         self.add_qparams("input", input)
-        self.activation = activation
+        self.given = given
         self.input_max = input.quant_max
         self.gives_float = output is None
-        self.bounds: tuple[int, int] | None = None
-        if output is None:
-            return
-        self.add_qparams("output", output)
-        self.bounds = output.bounds
-        if self.bounds and activation[0] == "none" and self.bounds == (output.zero_point, 255) and self.knows_relu:
-            self.activation, self.bounds = ("relu", [], ""), None
+        if output is not None:
+            self.add_qparams("output", output)
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether results are cut at zero and nowhere else, which the kernel does by itself."""
+        if self.gives_float or not (self.is_bare and self.knows_relu):
+            return False
+        return self.bounds("output") == (self.qparams("output")[1], 255)
+
+    @property
+    def activation(self) -> tuple[str, list[float], str]:
+        """The activation that the kernel computes, as it takes it."""
+        return ("relu", [], "") if self.is_relu else self.given
+
+    @property
+    def cuts(self) -> tuple[int, int] | None:
+        """The bounds that the kernel doesn't keep to by itself."""
+        return None if self.gives_float or self.is_relu else self.bounds("output")
 
     def output_arguments(self) -> tuple[float, int, torch.dtype]:
         """Scale, zero point and dtype of the result, as the kernels take them."""
@@ -321,7 +325,7 @@ class _Weighted(KernelModule):
     @property
     def is_bare(self) -> bool:
         """Whether there is no activation but what every kernel knows."""
-        return self.activation[0] in ("none", "relu")
+        return self.given[0] == "none"
 
     @property
     def suffix(self) -> str:
@@ -333,19 +337,18 @@ class _Weighted(KernelModule):
         """The same, as an engine's kernels have it in their names."""
         return "" if self.activation[0] == "none" else "_relu"
 
-    def packed(self) -> Any:
-        """What ``pack`` gave, made once.
+    def check_state(self) -> None:
+        """Refuse weights that the kernel would add up wrongly.
 
         Raises:
-            BackendUnavailableError: the model comes from a CPU with other instructions, and its weights could saturate
-                here.
+            BackendUnavailableError: the model or its state comes from a CPU with other instructions, and its weights
+                could saturate here.
         """
-        if self._packed is None and could_saturate(self.kernel_weight(), self.input_max):
+        if could_saturate(self.kernel_weight(), self.input_max):
             raise BackendUnavailableError(
-                "This model was converted on a CPU with VNNI instructions. On this CPU, which has none, sums of its "
-                "weights could saturate in 16 bits; prepare and convert it here, or run its reference model"
+                "This model or its state comes from a CPU with VNNI instructions. On this CPU, which has none, sums of "
+                "its weights could saturate in 16 bits; prepare and convert it here, or run its reference model"
             )
-        return super().packed()
 
     @property
     def knows_relu(self) -> bool:
@@ -365,7 +368,7 @@ class QConv(_Weighted):
         bias: float32.
         input: qparams of the activation.
         output: qparams of the result; ``None`` for float.
-        activation: see :class:`_Weighted`.
+        given: see :class:`_Weighted`.
         geometry: stride, padding, dilation (one number for each dimension) and groups.
         merged: how many neighbouring groups to compute as one, where the kernel for them alone is slow.
     """
@@ -376,12 +379,12 @@ class QConv(_Weighted):
         bias: Tensor | None,
         input: QParams,
         output: QParams | None,
-        activation: tuple[str, list[float], str],
+        given: tuple[str, list[float], str],
         geometry: tuple[list[int], list[int], list[int], int],
         merged: int = 1,
     ) -> None:
         self.dimensions = weight.values.dim() - 2
-        super().__init__(weight, bias, input, output, activation)
+        super().__init__(weight, bias, input, output, given)
         self.geometry = geometry
         self.merged = merged
 
@@ -412,12 +415,20 @@ class QConv(_Weighted):
         """Whether ``quantized::conv2d`` computes it: to integers, without an activation that only oneDNN knows."""
         return self.dimensions == 2 and not self.gives_float and self.is_bare and has_engine("onednn")
 
+    def merging(self) -> int:
+        """How many groups are computed as one: 1 if products that come together so could saturate."""
+        is_wrong = self.merged > 1 and could_saturate(self._merged(self.merged), self.input_max)
+        return 1 if is_wrong else self.merged
+
+    def _merged(self, number: int) -> Tensor:
+        return self.weight if number == 1 else merge_groups(self.weight, self.geometry[3], number)
+
     def kernel_weight(self) -> Tensor:
         """The weight with groups merged."""
-        return self.weight if self.merged == 1 else merge_groups(self.weight, self.geometry[3], self.merged)
+        return self._merged(self.merging())
 
     def _geometry(self) -> tuple[Any, ...]:
-        return (*self.geometry[:3], self.geometry[3] // self.merged)
+        return (*self.geometry[:3], self.geometry[3] // self.merging())
 
     def _constants(self) -> tuple[Callable[[Tensor], tuple[Any, ...]], Tensor | None]:
         """What the plain kernels take after an activation of some shape, and the bias."""
@@ -446,12 +457,15 @@ class QConv(_Weighted):
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
         run = self._run_of_engine() if self.has_quantized_kernel else self._run_of_plain()
-        return bounded(with_batch(run, self.dimensions + 2, self.width), self.bounds)
+        return bounded(with_batch(run, self.dimensions + 2, self.width), self.cuts)
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
         scale, zero_point, bias = self.input_arguments()
-        output, packed = self.qparams("output"), by_shape(lambda shape: self._packed_of_engine(shape, bias))
+        output, packed = (
+            self.qparams("output"),
+            by_shape(lambda shape: self._packed_of_engine(shape, bias), self.engine),
+        )
         return lambda x: as_plain(kernel(as_quantized(x, scale, zero_point), packed(x), *output))
 
     def _run_of_plain(self) -> Callable[..., Tensor]:
@@ -502,7 +516,7 @@ class QConvAdd(QConv):
             fits = x.dim() == other.dim() and other.shape[-3:] == self._shape_of_one(x)
             return in_kernel(x, other) if fits else in_float()(x, other)
 
-        return bounded(run, self.bounds)
+        return bounded(run, self.cuts)
 
     def _shape_of_one(self, x: Tensor) -> tuple[int, ...]:
         """Channels, height and width of the convolution's result."""
@@ -565,7 +579,7 @@ class QLinear(_Weighted):
                 return torch.empty((*x.shape[:-1], width), dtype=dtype)  # The kernels forget leading dimensions.
             return (on_fbgemm if x.numel() <= most_rows * inputs else on_onednn)()(x)
 
-        return bounded(with_batch(run, 2, inputs), self.bounds)
+        return bounded(with_batch(run, 2, inputs), self.cuts)
 
     def _run_of_engine(self, name: str = "fbgemm") -> Callable[[Tensor], Tensor]:
         with _engine(name):
@@ -585,7 +599,7 @@ class QLinear(_Weighted):
 
     def _in_float(self, x: Tensor) -> Tensor:
         """The activation."""
-        name, scalars, _ = self.activation
+        name, scalars, _ = self.given
         return x if name == "none" else getattr(F, {"swish": "silu"}.get(name, name))(x, *scalars)
 
     def _run_of_plain(self) -> Callable[[Tensor], Tensor]:

@@ -63,8 +63,6 @@ def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
     if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
         return _SATURATES
     merged = _groups_to_merge(weight.values, groups, padding)
-    if kernels.could_saturate(integers.merge_groups(weight.values, groups, merged), call.inputs[0].quant_max):
-        merged = 1
     geometry = (list(stride), list(padding), list(dilation), groups)
     return weight, bias, call.inputs[0], call.output, _activation(call), geometry, merged
 
@@ -142,20 +140,14 @@ def max_pool2d(call: QuantizedCall) -> nn.Module | Declined:
 
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
-    low, high = call.quantized_output.quant_min, call.quantized_output.quant_max
-    cuts = [None if bound is None else call.quantized_output.quantize(float(bound)) for bound in call.args[1:3]]
-    return integers.QClamp(low if cuts[0] is None else cuts[0], high if cuts[1] is None else cuts[1])
+    return integers.QClamp(call.quantized_output.clamped(*call.args[1:3]))
 
 
 def interpolate(call: QuantizedCall) -> nn.Module | Declined:
     """On integers, if they only move; else in float."""
     _, size, scale_factor, mode, _ = call.args
     built = _in_float(op.INTERPOLATE).build(call)
-    unchanged = (call.inputs[0].scale, call.inputs[0].zero_point) == (
-        call.quantized_output.scale,
-        call.quantized_output.zero_point,
-    )
-    if isinstance(built, Declined) or not unchanged or mode not in ("nearest", "nearest-exact"):
+    if isinstance(built, Declined) or not call.keeps_qparams or mode not in ("nearest", "nearest-exact"):
         return built
     return integers.QNearest(size, scale_factor, mode)
 

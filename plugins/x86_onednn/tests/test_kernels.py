@@ -272,6 +272,14 @@ def test_threads_that_come_together_pack_no_more_than_there_is_room_for():
     assert len(made) == len(set(made)) == MAX_SHAPES
 
 
+def test_what_is_packed_for_one_kind_never_stands_for_another():
+    packed = by_shape(lambda shape: (shape[0], shape[0] % 2), lambda shape: shape[0] % 2)
+    for size in (2, 4, 6, 8, 10, 3, 5, 10, 2):
+        assert packed(torch.zeros(size))[1] == size % 2
+    assert packed(torch.zeros(5)) == packed(torch.zeros(3)) == (3, 1)
+    assert packed(torch.zeros(10)) == (2, 0)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8)], ids=str)
 @pytest.mark.parametrize("form", [*RESIDUALS, *READ_ELSEWHERE])
 def test_residuals_are_summed_in_the_kernel(form: str, size: tuple[int, int]):
