@@ -161,7 +161,9 @@ class QGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make the code anew; that of a raw module is made when it is first called."""
-        self.graph.owning_module = weakref.proxy(self)  # type: ignore[assignment]  # No cycle keeps what nobody holds.
+        # Without a cycle, what nobody holds is freed at once; a graph that is held longer belongs to no module then.
+        disown = functools.partial(_disown, weakref.ref(self.graph))
+        self.graph.owning_module = weakref.proxy(self, disown)  # type: ignore[assignment]
         if vars(self).get("_is_raw"):
             type(self).forward = _ForwardWhenAsked(self)  # type: ignore[assignment]
             return None
@@ -197,7 +199,8 @@ class QGraphModule(fx.GraphModule):
 
     def _state(self) -> dict[str, Any]:
         """The attributes of the module, but for those that every QGraphModule makes by itself."""
-        return {name: value for name, value in vars(self).items() if name not in _own_attributes()}
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name not in _own_attributes()}
 
 
 class FloatFallback(nn.Module):
@@ -257,6 +260,12 @@ class _Function:
         for part in self.qualified_name.split("."):
             found = getattr(found, part)
         return found
+
+
+def _disown(graph: "weakref.ref[fx.Graph]", _: Any) -> None:
+    held = graph()
+    if held is not None:
+        held.owning_module = None
 
 
 @functools.cache
