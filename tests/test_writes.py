@@ -302,7 +302,7 @@ def test_tracing_keeps_no_more_values_than_the_forward(after):
     model = nn.Sequential(*[nn.Sequential(Watched(), after) for _ in range(20)], nn.Flatten(), SizeReader()).eval()
     signature, x = CallSignature.of(model, (torch.ones(2, 3),), {}, "Sequential"), torch.ones(2, 3)
     graph = trace(model, leaf_classes=[Watched], signature=signature, examples=[x])
-    assert max(counts) <= 2 and len(counts) == 20
+    assert max(counts) <= 3 and len(counts) == 20
     assert graph(x).shape == (2, 3)
 
 
