@@ -14,6 +14,7 @@ Nothing is looked at before the first write, so a forward without any pays nothi
 import operator
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -21,7 +22,7 @@ from torch import fx
 from qcore.fx.example_tracer import NUMBER_MODULES, ExampleTracer
 from qcore.fx.inplace import LASTING, MAKING, check_apart, given, with_view, write_back
 from qcore.fx.operators import CAT, FLATTEN, GETITEM, MAX_POOL, PAD, RESHAPE, STACK, Kind, operator_of
-from qcore.fx.values import UndecidableError, Value
+from qcore.fx.values import UndecidableError
 
 #: Methods that always give a view of a tensor, or several; functions of torch of these names do, too.
 _VIEWS = frozenset(
@@ -40,37 +41,48 @@ class _Memory:
     """The memory of one tensor, with all views of it.
 
     Attributes:
+        origin: the node that gave it.
         writes: how many there were; a view that was taken before the last isn't up to date.
         lost: where it can't be read any more, why.
         links: memories that may be the same, each with the node that may have made a view and what it read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: fx.Node) -> None:
+        self.origin = origin
         self.writes = 0
         self.lost = ""
-        self.root: _View
         self.links: list[tuple[_Memory, fx.Node, fx.Node]] = []
 
 
 class _View:
-    """A tensor as Python knows it, whatever is written into it.
+    """A tensor as Python knows it, whatever is written into it. It lives as long as a value or a view of it does.
 
     Attributes:
         memory: where it lies.
         parent: what it is a view of; ``None`` for the root of the memory.
         call: the node that gave it first.
-        value: what it is now, or was after ``writes`` writes.
+        node: what it is now, or was after ``writes`` writes.
         writes: see there.
         turned: what its names mean since ``x.t_()`` or the like.
     """
 
-    def __init__(self, memory: _Memory, parent: "_View | None", call: fx.Node, value: Value) -> None:
+    def __init__(self, tracer: ExampleTracer, memory: _Memory, parent: "_View | None", call: fx.Node) -> None:
+        self.tracer = tracer
         self.memory = memory
         self.parent = parent
-        self.call = call
-        self.value = value  # A Value, as the tracer forgets what a node is on the examples once nobody holds one.
+        self.call = self.node = call
         self.writes = memory.writes
         self.turned: _View | None = None
+        tracer.hold(call)
+
+    def set(self, node: fx.Node) -> None:
+        """It is another node now, up to date."""
+        self.tracer.hold(node)
+        self.tracer.let_go(self.node)
+        self.node, self.writes = node, self.memory.writes
+
+    def __del__(self) -> None:
+        self.tracer.let_go(self.node)
 
 
 class Aliases:
@@ -88,19 +100,20 @@ class Aliases:
         self._tracer = tracer
         self._add_node = add_node
         self._external = external
-        self._views: dict[fx.Node, _View] = {}
+        self.writes = 0
+        self._views: WeakValueDictionary[fx.Node, _View] = WeakValueDictionary()
+        self._named: dict[fx.Node, _View] = {}  # Those of nodes that a forward holds, and so may read.
         self._fresh: set[fx.Node] = set()
-        self._written: dict[fx.Node, _Memory] = {}
+        self._written: dict[fx.Node, _View] = {}
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether there was a write."""
-        return bool(self._views)
+    def forget(self, node: fx.Node) -> None:
+        """A forward holds a node no more."""
+        self._named.pop(node, None)
 
     def latest(self, node: fx.Node) -> fx.Node:
         """What has a value's present shape; its data may be of before a write."""
         view = self._view(node)
-        return node if view is None else view.value.node
+        return node if view is None else view.node
 
     def _view(self, node: fx.Node) -> _View | None:
         view = self._views.get(node)
@@ -136,12 +149,12 @@ class Aliases:
             behind.append(view)
             assert view.parent is not None  # The root is written with each write.
             view = view.parent
-        source = view.value.node
+        source = view.node
         for view in reversed(behind):
             call = view.call
             args = (source, *call.args[1:])
             made = self._add_node(call.op, call.target, args, call.kwargs, call.meta.get("origin"), is_fresh=True)
-            view.value, view.writes = self._value(made), memory.writes
+            view.set(made)
             self._views[made] = view
             source = made
         return source
@@ -150,8 +163,8 @@ class Aliases:
         """A node was added: it may be a view of what was written, or will be; a fresh one is a view of nothing."""
         if is_fresh:
             self._fresh.add(node)
-        elif self._views and any(source in self._views for source in node.all_input_nodes) and self._sources(node):
-            self._place(node)
+        elif self.writes and any(source in self._views for source in node.all_input_nodes) and self._sources(node):
+            self._named[node] = self._place(node)  # It is about to become a value.
 
     def overwrite(self, node: fx.Node, by: fx.Node) -> None:
         """What ``node`` is was overwritten by a new value, which no other node is a view of.
@@ -159,27 +172,26 @@ class Aliases:
         Raises:
             UndecidableError: the graph can't hold that.
         """
-        if node not in self._views:
-            self._explore(node)
+        alive = [] if node in self._views else self._explore(node)
         view = self._view(node)
         assert view is not None
-        memory, root = view.memory, view.memory.root
+        memory, root, steps = view.memory, view, []
+        while root.parent is not None:
+            steps.append(_as_method(root.call))
+            root = root.parent
         self._lose_linked(memory)
-        if name := self._external(root.call):
+        if name := self._external(memory.origin):
             raise UndecidableError(f"it writes into {name}, which it keeps for later calls")
-        if root.call.op == "placeholder":
-            self._written[root.call] = memory
+        if memory.origin.op == "placeholder":
+            self._written[memory.origin] = root
         self._views[by] = view
-        steps, step = [], view
-        while step.parent is not None:
-            steps.append(_as_method(step.call))
-            step = step.parent
         if steps:
-            by = self._add_node("call_function", with_view, (root.value.node, by, *reversed(steps)), {})
-        root.value = self._value(by)
+            by = self._add_node("call_function", with_view, (root.node, by, *reversed(steps)), {})
+            self._views[by] = root
+        self.writes += 1
         memory.writes += 1
-        root.writes = memory.writes
-        self._views[by] = root
+        root.set(by)
+        del alive
 
     def rebind(self, node: fx.Node, to: fx.Node) -> None:
         """A tensor was turned into a view of itself, as ``x.t_()`` does; other views of it stay as they are.
@@ -187,14 +199,14 @@ class Aliases:
         Raises:
             UndecidableError: it belongs to the caller or the model.
         """
-        if node not in self._views:
-            self._explore(node)
-        root = self._views[node].memory.root.call
+        self.writes += 1
+        alive = [] if node in self._views else self._explore(node)
+        root = self._views[node].memory.origin
         if root.op == "placeholder" or self._external(root):
             raise UndecidableError(f"it changes the shape of {root.target}, which isn't its own")
-        if to not in self._views:
-            self._place(to)
-        self._views[node].turned = self._views[to]
+        view = self._views[node]
+        view.turned = self._place(to)
+        del alive
 
     def write_inputs(self) -> None:
         """At the end of a trace: let the graph write its inputs.
@@ -202,7 +214,7 @@ class Aliases:
         Raises:
             UndecidableError: on the example inputs, an input that is written lies in another's memory.
         """
-        written = {x: memory.root.value.node for x, memory in self._written.items()}
+        written = {x: root.node for x, root in self._written.items()}
         if not written:
             return
         inputs = [node for node in self._tracer.graph.nodes if node.op == "placeholder"]
@@ -214,17 +226,11 @@ class Aliases:
                 own = self._add_node("call_function", given, (x,), {})
             x.replace_all_uses_with(own, lambda user: user.target is not given and user.target not in LASTING)
             made = self._add_node("call_function", write_back, (x, value), {})
-            root = self._written[x].root
-            root.value = self._value(made)
-            self._views[made] = root
+            self._written[x].set(made)
+            self._views[made] = self._written[x]
 
-    def _value(self, node: fx.Node) -> Value:
-        value = self._tracer.proxy(node)
-        assert isinstance(value, Value)
-        return value
-
-    def _explore(self, start: fx.Node) -> None:
-        """Place a node and all that may lie in its memory."""
+    def _explore(self, start: fx.Node) -> list[_View]:
+        """Place a node and all that may lie in its memory; views live as long as the result or a forward's value do."""
         found, pending = {start}, [start]
         while pending:
             node = pending.pop()
@@ -234,26 +240,25 @@ class Aliases:
                 if other not in found and other not in self._views:
                     found.add(other)
                     pending.append(other)
-        for node in sorted(found):  # In the order of the graph.
-            self._place(node)
+        return [self._place(node) for node in sorted(found)]  # In the order of the graph.
 
-    def _place(self, node: fx.Node) -> None:
+    def _place(self, node: fx.Node) -> _View:
         sources = self._sources(node)
-        for source, _ in sources:
-            if source not in self._views:
-                self._explore(source)
+        alive = [self._explore(source) for source, _ in sources if source not in self._views]
         if node in self._views:
-            return
-        if len(sources) == 1 and sources[0][1]:
-            parent = self._views[sources[0][0]]
-            self._views[node] = _View(parent.memory, parent, node, self._value(node))
-            return
-        memory = _Memory()
-        memory.root = self._views[node] = _View(memory, None, node, self._value(node))
-        for source, _ in sources:
+            return self._views[node]
+        certain = len(sources) == 1 and sources[0][1]
+        parent = self._views[sources[0][0]] if certain else None
+        memory = _Memory(node) if parent is None else parent.memory
+        view = self._views[node] = _View(self._tracer, memory, parent, node)
+        if self._tracer.is_held(node):
+            self._named[node] = view
+        for source, _ in () if certain else sources:
             other = self._views[source].memory
             memory.links.append((other, node, source))
             other.links.append((memory, node, source))
+        del alive
+        return view
 
     def _lose_linked(self, memory: _Memory) -> None:
         """What may be the same memory as one that is written can't be read from here on."""
@@ -266,7 +271,7 @@ class Aliases:
                     continue
                 seen.add(id(other))
                 shares = is_same and self._tracer.shares(made, read)
-                root = other.root.call
+                root = other.origin
                 if shares and (root.op == "placeholder" or self._external(root)):
                     raise UndecidableError(f"it writes into {root.target} through {_named(made)}, which may copy")
                 other.lost = f"{_named(made)} may give a view of its input: one of them is written, and the other read"

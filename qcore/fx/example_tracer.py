@@ -54,6 +54,8 @@ class ExampleTracer(fx.Tracer):
         self._known: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, frozenset[fx.Node]] = {}
         self._unread: defaultdict[fx.Node, int] = defaultdict(int)
+        self._released: list[fx.Node] = []
+        self._values: defaultdict[fx.Node, int] = defaultdict(int)
         self._holders: defaultdict[fx.Node, int] = defaultdict(int)
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
         self._settled: set[fx.Node] = set()
@@ -64,18 +66,41 @@ class ExampleTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The value of a node, as a forward sees it."""
-        self._holders[node] += 1
+        self._values[node] += 1
         return Value(node, self)
 
     def released(self, node: fx.Node) -> None:
-        """A forward dropped a value: what it is on the examples is forgotten once the nodes that read it are known."""
-        if not vars(self):
-            return  # The trace is over.
+        """A forward dropped a value; it may be an argument of the call that is being recorded."""
+        if vars(self):  # Else the trace is over.
+            self._released.append(node)
+
+    def forget_released(self) -> None:
+        """What dropped values are on the examples is forgotten once the nodes that read them are known."""
+        released, self._released = self._released, []
+        for node in released:
+            self._values[node] -= 1
+            if not self._values[node]:
+                self.dropped(node)
+                self._forget_if_done(node)
+
+    def dropped(self, node: fx.Node) -> None:
+        """A forward can't read a node any more."""
+
+    def is_held(self, node: fx.Node) -> bool:
+        """Whether a forward can read a node yet."""
+        return self._values[node] > 0
+
+    def hold(self, node: fx.Node) -> None:
+        """What a node is on the examples will be needed."""
+        self._holders[node] += 1
+
+    def let_go(self, node: fx.Node) -> None:
+        """Takes one ``hold`` back."""
         self._holders[node] -= 1
         self._forget_if_done(node)
 
     def _forget_if_done(self, node: fx.Node) -> None:
-        if not self._holders[node] and not self._unread[node]:
+        if not (self._values[node] or self._holders[node] or self._unread[node]):
             self._known.pop(node, None)
 
     def note(self, node: fx.Node) -> None:
@@ -131,6 +156,7 @@ class ExampleTracer(fx.Tracer):
         It runs in order and only as far as somebody asks, so a forward that decides nothing by sizes costs nothing.
         What no value and no node to come needs any more is dropped, so it takes as much memory as the forward does.
         """
+        self.forget_released()
         return self._example(self.latest(value.node))
 
     def _example(self, node: fx.Node) -> Any:

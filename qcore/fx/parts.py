@@ -172,11 +172,12 @@ class _Finder:
         def probe(*args: Any, **kwargs: Any) -> Any:
             if self.is_inside or path in self.python or self.is_leaf(path, module):
                 return self.inside(forward, args, kwargs) if self.is_leaf(path, module) else forward(*args, **kwargs)
-            given = copied((args, kwargs))
+            given = args, kwargs
             state = torch.random.get_rng_state()
             reason, found = self.attempt(path, module, args, kwargs)
             torch.random.set_rng_state(state)
             if reason is None:
+                given = copied((args, kwargs))  # It may write into them, and would a second time.
                 expected = self.inside(forward, args, kwargs)
                 problem = difference(expected, found)
                 if not problem:

@@ -63,6 +63,7 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
     for source, reader in last_reader.items():
         done_after.setdefault(reader, []).append(source)
     values: dict[fx.Node, Any] = {}
+    versions: dict[fx.Node, int] = {}  # How often each was written when it was made.
     given = iter(copied(tensors))
     outputs: Any = None
     # A loop of our own: fx.Interpreter takes longer than most operators for what it notes at each node.
@@ -71,17 +72,20 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
                 outputs = args[0]
+                for source in node.all_input_nodes:
+                    _check_unwritten(source, values[source], versions)
                 break
-            read = _versions(node, values)
             value = next(given) if node.op == "placeholder" else computed(node, args, kwargs, traced)
-            if node.target is not write_back and any(tensor._version != version for tensor, version in read):
-                raise _trace_error(f"{node.target} writes into what it is given, in a way that qcore doesn't know")
             values[node] = value
             if isinstance(value, Tensor):
                 node.meta["example"] = _example_of(value)
                 if node.meta.pop("overwrites", False) and node.meta["example"] != _example_of(args[0]):
                     raise _trace_error(f"{node.name} is written into a tensor of another dtype or shape")
+                if not value.is_inference():
+                    versions[node] = value._version
             for source in done_after.get(node, ()):
+                if not _may_write(node, source):
+                    _check_unwritten(source, values[source], versions)
                 del values[source]
     codegen = traced.graph._codegen
     return codegen.process_outputs(outputs) if isinstance(codegen, SignatureCodeGen) else _mutable(outputs)
@@ -101,17 +105,14 @@ def _example_of(tensor: Tensor) -> Example:
     return Example(tuple(tensor.shape), tensor.dtype)
 
 
-def _versions(node: fx.Node, values: dict[fx.Node, Any]) -> list[tuple[Tensor, int]]:
-    """The tensors that a node reads, each with the number of writes into it so far; not copies that only it reads."""
-    found = []
-    for source in node.all_input_nodes:
-        if source.target == "clone" and len(source.users) == 1:
-            continue
-        value = values[source]
-        for tensor in (value,) if isinstance(value, Tensor) else tensors_of(value):
-            if not tensor.is_inference():
-                found.append((tensor, tensor._version))
-    return found
+def _check_unwritten(node: fx.Node, value: Any, versions: dict[fx.Node, int]) -> None:
+    if node in versions and versions[node] != value._version:
+        raise _trace_error(f"what {node.name} gives is written, in a way that qcore doesn't know")
+
+
+def _may_write(reader: fx.Node, source: fx.Node) -> bool:
+    """Whether it is known that the last reader of a value writes into it: an input at the end, a copy for its own."""
+    return reader.target is write_back or (source.target == "clone" and len(source.users) == 1)
 
 
 def _trace_error(reason: str) -> TraceError:

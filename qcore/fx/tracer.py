@@ -7,7 +7,6 @@ whatever name, reads the result instead (``aliases.py``). Each node remembers in
 it, which is what a QConfigMapping speaks of.
 """
 
-import contextlib
 import copy
 import traceback
 from collections import Counter
@@ -147,6 +146,10 @@ class NormalFormTracer(ExampleTracer):
         if node.op != "call_module" or not isinstance(submodule(self.root, str(node.target)), several):
             return value
         return pytree.tree_map_only(Value, self._opened, tuple(value))
+
+    def dropped(self, node: fx.Node) -> None:
+        """A forward can't read a node any more."""
+        self.aliases.forget(node)
 
     def current(self, node: fx.Node) -> fx.Node:
         """What to read in the place of a node that may have been overwritten."""
@@ -302,10 +305,14 @@ class NormalFormTracer(ExampleTracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
         if kind == "call_function" and self.has_example(args) and _is_users(target):
-            with contextlib.suppress(Exception):  # What it adds to the graph until it fails is dead code.
+            writes = self.aliases.writes
+            try:
                 result = target(*args, **kwargs)
                 if isinstance(result, Value):  # fx knows no other.
                     return result
+            except Exception:  # What it adds to the graph until it fails is dead code, unless it writes.
+                if self.aliases.writes > writes:
+                    raise
         self._is_written = False
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
         # What a write gives back is the overwritten tensor itself.
@@ -326,7 +333,7 @@ class NormalFormTracer(ExampleTracer):
             origin, self._origin = self._origin, None
         if kind == "output":
             self.aliases.write_inputs()
-        if self.aliases.is_watching:
+        if self.aliases.writes:
             is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
             args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
         written: fx.Node | None = None
@@ -358,6 +365,7 @@ class NormalFormTracer(ExampleTracer):
         if written is not None:
             self._overwrite(written, node)
             self._is_written = True
+        self.forget_released()
         return node
 
     def _add_node(
