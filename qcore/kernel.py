@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qcore import ops
 from qcore.errors import ShapeError
 from qcore.replay.executor import look_again
+from qcore.sums import check_sums
 
 #: Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 PACKING = threading.RLock()
@@ -97,6 +98,9 @@ class KernelModule(nn.Module):
         """The scale and the zero point that were registered under ``name``, as Python numbers."""
         return float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point"))
 
+    def check_state(self) -> None:
+        """Raise an error of qcore's if the kernel would compute something wrong with its state; before it is packed."""
+
     def pack(self) -> Any:
         """The function to call, with all that can be made from the buffers bound to it."""
         raise NotImplementedError(f"{type(self).__name__} must define pack")
@@ -110,6 +114,7 @@ class KernelModule(nn.Module):
         """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
         if self._packed is None:
             with PACKING:
+                self.check_state()
                 self._packed = self.pack()
         return self._packed
 
@@ -184,6 +189,10 @@ class WeightKernel(KernelModule):
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
         self.register_buffer("bias", bias)
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_sums(self.weight)
 
     def extra_repr(self) -> str:
         """The weight's shape."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qcore.broadcast import factors
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.lookup import LookupKernel
+from qcore.sums import check_sums
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized
@@ -131,6 +132,7 @@ class _Weighted(KernelModule):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    out_axis = 0
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, output: QParams) -> None:
         super().__init__()
@@ -142,6 +144,10 @@ class _Weighted(KernelModule):
         self.relu = ""
         if self.bounds == (output.zero_point, 255):
             self.relu, self.bounds = "_relu", None
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_sums(self.weight, axis=self.out_axis)
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packing functions take it."""
@@ -203,6 +209,8 @@ class QConvTranspose(_Weighted):
         output: qparams of the result.
         geometry: stride, padding, output padding (one number for each dimension), dilation and groups.
     """
+
+    out_axis = 1
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ plain ones look for at each call. Where a torch no longer has the quantized ones
 take their place.
 """
 
+import copy
 import functools
 import math
 import warnings
@@ -22,10 +23,12 @@ from qcore import ops
 from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError
 from qcore.kernel import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore.sums import check_sums
 from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
 from qcore_x86_onednn.integers import merge_groups
 from qcore_x86_onednn.observers import largest_sum
+from qcore_x86_onednn.windows import Geometry, in_any_windows, rewriting
 
 _ONEDNN = torch.ops.onednn
 _QUANTIZED = torch.ops.quantized
@@ -333,19 +336,20 @@ class _Weighted(KernelModule):
         """The same, as an engine's kernels have it in their names."""
         return "" if self.activation[0] == "none" else "_relu"
 
-    def packed(self) -> Any:
-        """What ``pack`` gave, made once.
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen, and the model may come from another CPU.
 
         Raises:
+            LoweringError: sums of the weight could leave 32 bits.
             BackendUnavailableError: the model comes from a CPU with other instructions, and its weights could saturate
                 here.
         """
-        if self._packed is None and could_saturate(self.kernel_weight(), self.input_max):
+        check_sums(self.weight, self.input_max)
+        if could_saturate(self.kernel_weight(), self.input_max):
             raise BackendUnavailableError(
                 "This model was converted on a CPU with VNNI instructions. On this CPU, which has none, sums of its "
                 "weights could saturate in 16 bits; prepare and convert it here, or run its reference model"
             )
-        return super().packed()
 
     @property
     def knows_relu(self) -> bool:
@@ -377,7 +381,7 @@ class QConv(_Weighted):
         input: QParams,
         output: QParams | None,
         activation: tuple[str, list[float], str],
-        geometry: tuple[list[int], list[int], list[int], int],
+        geometry: Geometry,
         merged: int = 1,
     ) -> None:
         self.dimensions = weight.values.dim() - 2
@@ -445,8 +449,14 @@ class QConv(_Weighted):
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
-        run = self._run_of_engine() if self.has_quantized_kernel else self._run_of_plain()
+        _, zero_point = self.qparams("input")
+        run = in_any_windows(self.weight.shape[2:], self.geometry, zero_point, self._run_of_geometry)
         return bounded(with_batch(run, self.dimensions + 2, self.width), self.bounds)
+
+    def _run_of_geometry(self, geometry: Geometry) -> Callable[[Tensor], Tensor]:
+        twin = copy.copy(self)
+        twin.geometry = geometry
+        return twin._run_of_engine() if self.has_quantized_kernel else twin._run_of_plain()
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
@@ -496,11 +506,12 @@ class QConvAdd(QConv):
         """The kernel with its constants bound; another computation where it would have to broadcast."""
         in_kernel = with_batch(self._run_of_plain(), 4, self.width)
         in_float = functools.cache(self._run_in_float)
+        is_rewritten = rewriting(self.weight.shape[2:], self.geometry)
 
         def run(x: Tensor, other: Tensor) -> Tensor:
             # The examples had one shape; an input of another size may leave another.
             fits = x.dim() == other.dim() and other.shape[-3:] == self._shape_of_one(x)
-            return in_kernel(x, other) if fits else in_float()(x, other)
+            return in_kernel(x, other) if fits and not is_rewritten(x.shape[-2:]) else in_float()(x, other)
 
         return bounded(run, self.bounds)
 
@@ -511,10 +522,9 @@ class QConvAdd(QConv):
         return (self.weight.shape[0], *sizes)
 
     def _run_in_float(self) -> Callable[[Tensor, Tensor], Tensor]:
-        kernel = _ONEDNN.qconv2d_pointwise.default
-        constants, bias = self._constants()
-        arguments = (bias, *self._geometry(), 1.0, 0, torch.float32, "none", [], "")
-        convolved = with_batch(lambda x: kernel(x, *constants(x), *arguments), 4, self.width)
+        weight = QuantizedWeight(self.weight, self.weight_scale, torch.zeros_like(self.weight_scale), 0)
+        input = QParams(*self.qparams("input"), 0, self.input_max, torch.uint8)
+        convolved = QConv(weight, self.bias, input, None, ("none", [], ""), self.geometry, self.merged).pack()
         other_qparams, output = self.qparams("other"), self.qparams("output")
         activation = torch.relu if self.activation[0] == "relu" else torch.positive
 

@@ -1,0 +1,98 @@
+"""Convolutions whose windows lie so that oneDNN's kernels are wrong, as others that give the same.
+
+Found by experiment, against exact sums: where a window lies in nothing but padding, along any dimension, the kernels
+may read behind their input and crash; where the result is one column wide and steps along the width are larger than 1,
+those for AMX compute it from memory that nobody wrote. Padding that is written around the input makes the first case an
+ordinary one. Where there is one column, its step doesn't matter, if the input is cut to what the column sees.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcore.errors import ShapeError
+
+#: Stride, padding and dilation, one number for each dimension, and groups.
+Geometry = tuple[list[int], list[int], list[int], int]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The same convolution, without padding, of an input that was padded and cut.
+
+    Attributes:
+        pad: as ``F.pad`` takes it; negative numbers cut.
+        stride: one number for each dimension.
+    """
+
+    pad: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def rewritten(sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> Rewritten | None:
+    """How to compute a convolution of an input of some size; ``None`` if the kernels are right about it as it is.
+
+    Args:
+        sizes: of the input, without batch and channels.
+        kernel: sizes of the kernel.
+        geometry: of the convolution.
+
+    Raises:
+        ShapeError: the input, with its padding, is smaller than the kernel.
+    """
+    stride, padding, dilation, _ = geometry
+    reach = [step * (k - 1) + 1 for k, step in zip(kernel, dilation, strict=True)]
+    places = list(zip(sizes, stride, padding, reach, strict=True))
+    results = [(size + 2 * before - wide) // step + 1 for size, step, before, wide in places]
+    if min(results) < 1:
+        raise ShapeError(
+            f"an input of the sizes {tuple(sizes)}, padded on both sides by {tuple(padding)}, is smaller than the kernel, "
+            f"which covers {tuple(reach)}"
+        )
+    is_column = results[-1] == 1 and stride[-1] > 1 and kernel[-1] > 1
+    windows = zip(sizes, stride, padding, kernel, dilation, results, strict=True)
+    if not is_column and not any(_is_blind(*window) for window in windows):
+        return None
+    pad: list[int] = []
+    for (size, step, before, wide), number in zip(places, results, strict=True):
+        pad = [before, (number - 1) * step + wide - size - before, *pad]  # The last dimension comes first.
+    return Rewritten(tuple(pad), (*stride[:-1], 1 if is_column else stride[-1]))
+
+
+def _is_blind(size: int, step: int, padding: int, kernel: int, dilation: int, results: int) -> bool:
+    """Whether some window, along one dimension, sees nothing but padding."""
+    starts = range(-padding, results * step - padding, step) if padding else ()
+    return any(all(not 0 <= start + k * dilation < size for k in range(kernel)) for start in starts)
+
+
+def in_any_windows(
+    kernel: Sequence[int], geometry: Geometry, zero_point: int, run_of: Callable[[Geometry], Callable[[Tensor], Tensor]]
+) -> Callable[[Tensor], Tensor]:
+    """A convolution of batches that is right for inputs of any size.
+
+    Args:
+        kernel: sizes of the kernel.
+        geometry: of the convolution.
+        zero_point: of the input.
+        run_of: gives oneDNN's kernel for a geometry.
+    """
+    run, find = run_of(geometry), rewriting(kernel, geometry)
+    without_padding = functools.cache(lambda stride: run_of((list(stride), [0] * len(kernel), *geometry[2:])))
+
+    def around(x: Tensor) -> Tensor:
+        found = find(x.shape[2:])
+        if found is None:
+            return run(x)
+        y: Tensor = without_padding(found.stride)(F.pad(x, found.pad, value=zero_point))
+        return y
+
+    return around
+
+
+def rewriting(kernel: Sequence[int], geometry: Geometry) -> Callable[[torch.Size], Rewritten | None]:
+    """:func:`rewritten` for a kernel, of the sizes that it meets."""
+    return functools.lru_cache(64)(lambda sizes: rewritten(sizes, kernel, geometry))
