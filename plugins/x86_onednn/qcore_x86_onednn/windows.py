@@ -2,8 +2,9 @@
 
 Found by experiment, against exact sums: where a window lies in nothing but padding, along any dimension, the kernels
 may read behind their input and crash; where the result is one column wide and steps along the width are larger than 1,
-those for AMX compute it from memory that nobody wrote. Padding that is written around the input makes the first case an
-ordinary one. Where there is one column, its step doesn't matter, if the input is cut to what the column sees.
+or where a volume of one layer is padded along its depth, those for AMX compute from memory that nobody wrote. Padding
+that is written around the input makes the first and the last an ordinary case. Where there is one column, its step
+doesn't matter, if the input is cut to what the column sees.
 """
 
 import functools
@@ -54,8 +55,9 @@ def rewritten(sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -
             f"which covers {tuple(reach)}"
         )
     is_column = results[-1] == 1 and stride[-1] > 1 and kernel[-1] > 1
+    is_sheet = len(kernel) == 3 and sizes[0] == 1 and padding[0] > 0
     windows = zip(sizes, stride, padding, kernel, dilation, results, strict=True)
-    if not is_column and not any(_is_blind(*window) for window in windows):
+    if not (is_column or is_sheet or any(_is_blind(*window) for window in windows)):
         return None
     pad: list[int] = []
     for (size, step, before, wide), number in zip(places, results, strict=True):
