@@ -48,9 +48,9 @@ class QParams:
 
     def quantize(self, value: float) -> int:
         """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
-        scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
-        arguments = (scale, zero_point, self.quant_min, self.quant_max, torch.int32)
-        return int(ops.quantize_per_tensor(torch.tensor(value), *arguments))
+        scale, real = (torch.tensor(number, dtype=torch.float32) for number in (self.scale, value))
+        arguments = (scale, torch.tensor(self.zero_point), self.quant_min, self.quant_max, torch.int32)
+        return int(ops.quantize_per_tensor(real, *arguments))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class PairLimitedPerChannelMinMaxObserver(PerChannelMinMaxObserver):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.register_buffer("growth", torch.ones(()))
+        self.register_buffer("growth", torch.ones((), dtype=torch.float32))
 
     @staticmethod
     def pairs(weight: Tensor) -> Tensor:

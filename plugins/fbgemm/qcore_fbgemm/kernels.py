@@ -78,7 +78,9 @@ class Quantize(KernelModule):
         scale, zero_point = self.qparams("output")
         quantize = torch.quantize_per_tensor
         with _engine():
-            quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
+            quantize(
+                torch.zeros(1, dtype=torch.float32), scale, zero_point, _DTYPE
+            )  # torch's one warning in a process.
         return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
 
 

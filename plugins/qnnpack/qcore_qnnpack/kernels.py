@@ -79,7 +79,9 @@ class Quantize(KernelModule):
         scale, zero_point = self.qparams("output")
         quantize = torch.quantize_per_tensor
         with _engine():
-            quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
+            quantize(
+                torch.zeros(1, dtype=torch.float32), scale, zero_point, _DTYPE
+            )  # torch's one warning in a process.
         whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds)
         steps = float(1.0 / torch.tensor(scale, dtype=torch.float32))
         low, high = self.bounds or (0, 255)

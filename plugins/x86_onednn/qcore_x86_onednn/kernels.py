@@ -55,7 +55,7 @@ if _HAS_QUANTIZED:
         # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
         warnings.simplefilter("ignore")
         torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
-        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, _QUANTIZED_DTYPE)
+        torch.quantize_per_tensor(torch.zeros(1, dtype=torch.float32), 1.0, 0, _QUANTIZED_DTYPE)
 
 
 #: Stride, padding, dilation and groups of a convolution that says nothing of them.
@@ -86,7 +86,7 @@ def measure_saturation() -> bool:
 
 
 def _all_weights_127(window: list[int]) -> tuple[QuantizedWeight, None, QParams, None, tuple[str, list[float], str]]:
-    one = torch.ones(16)
+    one = torch.ones(16, dtype=torch.float32)
     weight = QuantizedWeight(torch.full((16, 16, *window), 127, dtype=torch.int8), one, one * 0, 0)
     return weight, None, QParams(1.0, 0, 0, 255, torch.uint8), None, ("none", [], "")
 
@@ -155,7 +155,7 @@ def as_plain(x: Tensor) -> Tensor:
 def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Float to uint8."""
     if not _HAS_QUANTIZED:
-        arguments = torch.tensor(scale), torch.tensor(zero_point), 0, 255, torch.uint8
+        arguments = torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point), 0, 255, torch.uint8
         return ops.quantize_per_tensor(x, *arguments)  # type: ignore[no-any-return]
     return as_plain(torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE))
 
@@ -163,7 +163,7 @@ def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
 def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """uint8 to float."""
     if not _HAS_QUANTIZED:
-        return ops.dequantize_per_tensor(x, torch.tensor(scale), torch.tensor(zero_point))  # type: ignore[no-any-return]
+        return ops.dequantize_per_tensor(x, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point))  # type: ignore[no-any-return]
     return as_quantized(x, scale, zero_point).dequantize()
 
 
@@ -450,7 +450,7 @@ class QConv(_Weighted):
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
         _, zero_point = self.qparams("input")
-        run = in_any_windows(self.weight.shape[2:], self.geometry, zero_point, self._run_of_geometry)
+        run = in_any_windows(self.weight, self.geometry, zero_point, self._run_of_geometry)
         return bounded(with_batch(run, self.dimensions + 2, self.width), self.bounds)
 
     def _run_of_geometry(self, geometry: Geometry) -> Callable[[Tensor], Tensor]:
@@ -506,7 +506,7 @@ class QConvAdd(QConv):
         """The kernel with its constants bound; another computation where it would have to broadcast."""
         in_kernel = with_batch(self._run_of_plain(), 4, self.width)
         in_float = functools.cache(self._run_in_float)
-        is_rewritten = rewriting(self.weight.shape[2:], self.geometry)
+        is_rewritten = rewriting(self.weight, self.geometry, self.qparams("input")[1])
 
         def run(x: Tensor, other: Tensor) -> Tensor:
             # The examples had one shape; an input of another size may leave another.
@@ -630,7 +630,7 @@ class QDynamicLinear(WeightKernel):
 
         def run(x: Tensor) -> Tensor:
             if x.numel() == 0:
-                return torch.empty((*x.shape[:-1], width))
+                return torch.empty((*x.shape[:-1], width), dtype=torch.float32)
             scale, zero_point = ops.dynamic_qparams(x, 0, 255)
             integers = ops.quantize_per_tensor(x, scale, zero_point, 0, 255, torch.uint8)
             y: Tensor = kernel(integers, scale, zero_point, *constants)

@@ -60,7 +60,7 @@ def _weight_and_bias(call: QuantizedCall) -> tuple[QuantizedWeight, Tensor | Non
     assert weight is not None
     if op.operator_of(call.nodes[-1]) is not op.HARDSIGMOID:
         return weight, bias
-    sixth = torch.zeros(weight.values.shape[0]) if bias is None else bias / 6
+    sixth = torch.zeros(weight.values.shape[0], dtype=torch.float32) if bias is None else bias / 6
     return replace(weight, scale=weight.scale / 6), sixth + 0.5
 
 

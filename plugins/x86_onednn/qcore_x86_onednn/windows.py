@@ -1,10 +1,14 @@
 """Convolutions whose windows lie so that oneDNN's kernels are wrong, as others that give the same.
 
 Found by experiment, against exact sums: where a window lies in nothing but padding, along any dimension, the kernels
-may read behind their input and crash; where the result is one column wide and steps along the width are larger than 1,
-or where a volume of one layer is padded along its depth, those for AMX compute from memory that nobody wrote. Padding
-that is written around the input makes the first and the last an ordinary case. Where there is one column, its step
-doesn't matter, if the input is cut to what the column sees.
+may read behind their input and crash. Those for AMX compute from memory that nobody wrote where the result is one
+column wide and steps along the width are larger than 1, or where a volume of one layer is padded along its depth; and
+with a zero point other than 0 they are wrong, or write where they mustn't, where padding lies above and below but not
+beside the input, or around it in a dilated convolution. Depthwise convolutions have kernels of their own, which are
+right.
+
+Padding that is written around the input makes all these ordinary cases. Where there is one column, its step doesn't
+matter, if the input is cut to what the column sees.
 """
 
 import functools
@@ -34,13 +38,16 @@ class Rewritten:
     stride: tuple[int, ...]
 
 
-def rewritten(sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> Rewritten | None:
+def rewritten(
+    sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry, has_zero_point: bool = False
+) -> Rewritten | None:
     """How to compute a convolution of an input of some size; ``None`` if the kernels are right about it as it is.
 
     Args:
         sizes: of the input, without batch and channels.
         kernel: sizes of the kernel.
         geometry: of the convolution.
+        has_zero_point: whether zero is another integer than 0, and the convolution isn't depthwise.
 
     Raises:
         ShapeError: the input, with its padding, is smaller than the kernel.
@@ -51,13 +58,14 @@ def rewritten(sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -
     results = [(size + 2 * before - wide) // step + 1 for size, step, before, wide in places]
     if min(results) < 1:
         raise ShapeError(
-            f"an input of the sizes {tuple(sizes)}, padded on both sides by {tuple(padding)}, is smaller than the kernel, "
-            f"which covers {tuple(reach)}"
+            f"an input of the sizes {tuple(sizes)}, padded on both sides by {tuple(padding)}, is smaller than a kernel "
+            f"that covers {tuple(reach)}"
         )
     is_column = results[-1] == 1 and stride[-1] > 1 and kernel[-1] > 1
     is_sheet = len(kernel) == 3 and sizes[0] == 1 and padding[0] > 0
+    is_shifted = has_zero_point and any(padding) and (padding[-1] == 0 or max(dilation) > 1)
     windows = zip(sizes, stride, padding, kernel, dilation, results, strict=True)
-    if not (is_column or is_sheet or any(_is_blind(*window) for window in windows)):
+    if not (is_column or is_sheet or is_shifted or any(_is_blind(*window) for window in windows)):
         return None
     pad: list[int] = []
     for (size, step, before, wide), number in zip(places, results, strict=True):
@@ -72,18 +80,19 @@ def _is_blind(size: int, step: int, padding: int, kernel: int, dilation: int, re
 
 
 def in_any_windows(
-    kernel: Sequence[int], geometry: Geometry, zero_point: int, run_of: Callable[[Geometry], Callable[[Tensor], Tensor]]
+    weight: Tensor, geometry: Geometry, zero_point: int, run_of: Callable[[Geometry], Callable[[Tensor], Tensor]]
 ) -> Callable[[Tensor], Tensor]:
     """A convolution of batches that is right for inputs of any size.
 
     Args:
-        kernel: sizes of the kernel.
+        weight: (out, in / groups, ...).
         geometry: of the convolution.
         zero_point: of the input.
         run_of: gives oneDNN's kernel for a geometry.
     """
-    run, find = run_of(geometry), rewriting(kernel, geometry)
-    without_padding = functools.cache(lambda stride: run_of((list(stride), [0] * len(kernel), *geometry[2:])))
+    run, find = run_of(geometry), rewriting(weight, geometry, zero_point)
+    no_padding = [0] * (weight.dim() - 2)
+    without_padding = functools.cache(lambda stride: run_of((list(stride), no_padding, *geometry[2:])))
 
     def around(x: Tensor) -> Tensor:
         found = find(x.shape[2:])
@@ -95,6 +104,8 @@ def in_any_windows(
     return around
 
 
-def rewriting(kernel: Sequence[int], geometry: Geometry) -> Callable[[torch.Size], Rewritten | None]:
-    """:func:`rewritten` for a kernel, of the sizes that it meets."""
-    return functools.lru_cache(64)(lambda sizes: rewritten(sizes, kernel, geometry))
+def rewriting(weight: Tensor, geometry: Geometry, zero_point: int) -> Callable[[torch.Size], Rewritten | None]:
+    """:func:`rewritten` for a convolution, of the sizes that it meets."""
+    is_depthwise = weight.dim() == 4 and weight.shape[1] == 1 and weight.shape[0] == geometry[3] > 1
+    has_zero_point = zero_point != 0 and not is_depthwise
+    return functools.lru_cache(64)(lambda sizes: rewritten(sizes, weight.shape[2:], geometry, has_zero_point))
