@@ -22,6 +22,7 @@ _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-120, 2.0**120
 _OVERFLOWS = "sums of its products could leave 32 bits"
 _FAR = "its results could lie too many of its output's steps from zero"
 _EXTREME_SCALES = "its scales, or a product or ratio of them, are at an end of float32's range"
+_NO_NUMBER = "its bias holds NaN or infinity"
 _COARSE_BIAS = "its bias would be rounded to steps larger than its output's"
 
 
@@ -92,6 +93,8 @@ def why_inexact(
         return _OVERFLOWS
     if weight.values.numel() == 0:
         return None
+    if bias is not None and not bool(torch.isfinite(bias).all()):
+        return _NO_NUMBER
     least, most = (float(extreme) for extreme in torch.aminmax(weight.scale))
     scales = [least, most]
     if input is not None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore.broadcast import factors
+from qcore.errors import ShapeError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.sums import check_sums
 
@@ -423,6 +424,8 @@ def _sliced(
 
     def sliced(x: Tensor) -> Tensor:
         high, wide = ((x.shape[2 + n] - kernel[n]) // stride[n] + 1 for n in (0, 1))
+        if high < 1 or wide < 1:  # With the padding that wasn't wanted, the kernel takes it.
+            raise ShapeError(f"an input of the sizes {tuple(x.shape[2:])} is smaller than a kernel of {tuple(kernel)}")
         y = run(x if pad is None else pad(x))
         return y[:, :, dropped[0] : dropped[0] + high, dropped[1] : dropped[1] + wide]
 

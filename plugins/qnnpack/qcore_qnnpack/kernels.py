@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.broadcast import factors
+from qcore.errors import ShapeError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.lookup import LookupKernel
 from qcore.sums import check_sums
@@ -356,6 +357,8 @@ class QGlobalAvgPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels, height, width) to (..., channels, 1, 1)."""
         area = x.shape[-2] * x.shape[-1]
+        if area == 0:
+            raise ShapeError(f"expected images with pixels, found a tensor of shape {tuple(x.shape)}")
         pieces = _groups_of_channels(_as_plain(x if x.dim() == 4 else x.unsqueeze(0)))
         sums = torch.cat([piece.sum((2, 3), dtype=torch.int32).flatten() for piece in pieces])
         means = sums.to(torch.float32).sub_(x.q_zero_point() * area).mul_(x.q_scale() / area)
@@ -470,7 +473,7 @@ def _groups_of_channels(x: Tensor) -> Iterator[Tensor]:
     """Images and groups of their channels that stay in the calling thread; all at once where those would be many."""
     images, channels, height, width = x.shape
     size = PIECE // (height * width)
-    if size < 64:
+    if size < 64 or images == 0:
         yield x
         return
     for image in range(images):
