@@ -21,6 +21,9 @@ from qcore.sums import check_sums
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
+#: The dynamic kernel never takes steps below 2**-14, in which small inputs are lost; so inputs come to it enlarged by
+#: this, and weights as much smaller. By a power of two no bit of a result changes.
+DYNAMIC_UNIT = 2.0**40
 _DTYPE = torch.quint8
 
 
@@ -305,12 +308,13 @@ class QDynamicLinear(WeightKernel):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
+        scales = self.weight_scale.double() / DYNAMIC_UNIT
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int64)
         with _engine():
-            weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
+            weight = torch._make_per_channel_quantized_tensor(self.weight, scales, zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return with_batch(lambda x: kernel(x, packed), 2, self.weight.shape[1])
+        return with_batch(lambda x: kernel(x * DYNAMIC_UNIT, packed), 2, self.weight.shape[1])
 
 
 class QAdd(KernelModule):

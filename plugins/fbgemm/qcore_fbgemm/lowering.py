@@ -1,6 +1,7 @@
 """Which kernel computes which operator: the table of rules, and the functions that read an operator's arguments."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ def _inexact(call: QuantizedCall, largest_pair: Callable[[Tensor], int], axis: i
     """
     assert call.weight is not None
     input = call.inputs[0] if call.inputs else None
-    reason = why_inexact(call.weight, call.bias, input, call.output, axis=axis)
+    weight = call.weight
+    if input is None:
+        weight = replace(weight, scale=weight.scale / kernels.DYNAMIC_UNIT)
+    reason = why_inexact(weight, call.bias, input, call.output, axis=axis)
     if reason is not None:
         return Declined(reason)
-    weight = call.weight.values
-    if kernels.has_vnni() and not is_depthwise(weight):
+    if kernels.has_vnni() and not is_depthwise(weight.values):
         return None
-    saturates = largest_pair(weight) * (255 if input is None else input.quant_max) > 2**15 - 1
+    saturates = largest_pair(weight.values) * (255 if input is None else input.quant_max) > 2**15 - 1
     return _SATURATES if saturates else None
 
 

@@ -1,5 +1,6 @@
 """Which kernel computes which operator: the table of rules, and the functions that read an operator's arguments."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,10 @@ def _inexact(call: QuantizedCall, axis: int = 0) -> Declined | None:
     """Why the kernel would compute something wrong, if it would."""
     assert call.weight is not None
     input = call.inputs[0] if call.inputs else None
-    reason = why_inexact(call.weight, call.bias, input, call.output, axis=axis, adds_bias=True)
+    weight = call.weight
+    if input is None:
+        weight = replace(weight, scale=weight.scale / kernels.DYNAMIC_UNIT)
+    reason = why_inexact(weight, call.bias, input, call.output, axis=axis, adds_bias=True)
     return None if reason is None else Declined(reason)
 
 
