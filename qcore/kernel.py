@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from qcore import ops
 from qcore.errors import ShapeError
 from qcore.replay.executor import look_again
+from qcore.sums import check_sums
 
 #: Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 PACKING = threading.RLock()
@@ -66,9 +67,9 @@ class QParams:
             return self.quant_max if value > 0 else self.quant_min
         if value == 0:  # As most bounds are; it needs no tensor.
             return min(max(self.zero_point, self.quant_min), self.quant_max)
-        scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
-        arguments = (scale, zero_point, self.quant_min, self.quant_max, torch.int32)
-        return int(ops.quantize_per_tensor(torch.tensor(value), *arguments))
+        scale, real = (torch.tensor(number, dtype=torch.float32) for number in (self.scale, value))
+        arguments = (scale, torch.tensor(self.zero_point), self.quant_min, self.quant_max, torch.int32)
+        return int(ops.quantize_per_tensor(real, *arguments))
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,10 @@ class WeightKernel(KernelModule):
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
         self.register_buffer("bias", bias)
+
+    def check_state(self) -> None:
+        """A weight may be loaded that no rule has seen."""
+        check_sums(self.weight)
 
     def extra_repr(self) -> str:
         """The weight's shape."""

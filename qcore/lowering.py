@@ -238,7 +238,8 @@ class _Lowering:
             adopt(module, self.reference, name)
         self.take_attributes(module)
         self.name_modules(module)
-        counter = torch.empty(0)
+        with torch.inference_mode(False):
+            counter = torch.empty(0)
         for kernel in module.modules():
             if isinstance(kernel, KernelModule):
                 kernel.share_counter(counter)

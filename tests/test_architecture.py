@@ -125,7 +125,7 @@ def layer(path):
         ("qconfig_mapping.py",),
         ("quantization_plan.py",),
         ("fx/",),
-        ("kernel.py", "lowering.py", "lookup.py", "broadcast.py", "calibration.py"),
+        ("kernel.py", "lowering.py", "lookup.py", "broadcast.py", "sums.py", "calibration.py"),
         ("plugins/",),
         ("quantize_fx.py",),
         ("__init__.py", "testing/"),
@@ -165,7 +165,7 @@ def test_the_public_surface_is_sorted_and_complete():
         assert getattr(qcore, name) is not None
     modules = {"backend_config", "broadcast", "calibration", "dtypes", "errors", "fx", "kernel", "lookup", "lowering"}
     modules |= {"observer", "ops", "plugins", "qconfig", "qconfig_mapping", "quantization_plan", "quantize_fx"}
-    modules |= {"replay", "testing"}
+    modules |= {"replay", "sums", "testing"}
     public = {name for name in vars(qcore) if not name.startswith("_")}
     assert public - modules == set(qcore.__all__) - {"__version__"}
 

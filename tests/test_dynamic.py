@@ -104,3 +104,14 @@ def test_qparams_at_run_time():
     assert float(scale) == pytest.approx(2 / 255) and int(zero_point) == 0
     for empty in (torch.empty(0), torch.zeros(3)):
         assert torch.equal(ops.dynamic_quantize_dequantize(empty, 0, 255), empty)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1.0, 1e6])
+def test_a_range_at_run_time_may_be_of_any_size(installed_backend, size):
+    mapping = qcore.QConfigMapping().set_object_type(nn.Linear, qcore.default_dynamic_qconfig)
+    model, x = nn.Sequential(nn.Linear(32, 16, bias=False)).eval(), torch.randn(5, 32)
+    prepared = qcore.prepare_fx(model, mapping, (x,), backend=installed_backend)
+    converted = qcore.convert_fx(prepared)
+    with torch.no_grad():
+        error = (converted(x * size) - model(x * size)).abs().max() / model(x * size).abs().max()
+    assert error < 0.02

@@ -198,7 +198,7 @@ def joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads
 def _additive(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(mask, -math.inf)
 
 
 def _projection(

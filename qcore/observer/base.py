@@ -192,7 +192,8 @@ class RangeObserver(ObserverBase):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._buffers.update(min_val=torch.tensor(math.inf), max_val=torch.tensor(-math.inf), nonfinite=torch.tensor(0))
+        low, high = (torch.tensor(end, dtype=torch.float32) for end in (math.inf, -math.inf))
+        self._buffers.update(min_val=low, max_val=high, nonfinite=torch.tensor(0))
 
     @property
     def has_data(self) -> bool:

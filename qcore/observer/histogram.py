@@ -190,9 +190,9 @@ def _choose(observers: Sequence[HistogramObserver]) -> None:
         ranges = ranges_of_least_error([observer.seen() for observer in members], (quant_min, quant_max), middle)
         arguments = (quant_min, quant_max, dtype, qscheme, eps)
         usual = [number for number, (low, high) in enumerate(ranges) if max(-low, high) > _LEAST_RANGE]
-        low, high = (torch.tensor([ranges[number][end] for number in usual]) for end in (0, 1))
+        low, high = (torch.tensor([ranges[number][end] for number in usual], dtype=torch.float32) for end in (0, 1))
         for number, scale, zero_point in zip(usual, *qparams_from_range(low, high, *arguments), strict=True):
             members[number]._chosen = scale.clone(), zero_point.clone()  # A part of a tensor would keep all of it.
         for number in set(range(len(members))).difference(usual):
-            low, high = (torch.tensor(end) for end in ranges[number])
+            low, high = (torch.tensor(end, dtype=torch.float32) for end in ranges[number])
             members[number]._chosen = qparams_from_range(low, high, *arguments)

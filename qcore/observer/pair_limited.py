@@ -48,7 +48,7 @@ class PairLimitedPerChannelMinMaxObserver(PerChannelMinMaxObserver):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.register_buffer("growth", torch.ones(()))
+        self.register_buffer("growth", torch.ones((), dtype=torch.float32))
 
     @staticmethod
     def pairs(weight: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ class PairLimitedPerChannelMinMaxObserver(PerChannelMinMaxObserver):
     def forward(self, x: Tensor) -> Tensor:
         """Widen each channel's range by the weight ``x`` and find how much its scale must grow; return ``x``."""
         super().forward(x)
-        if x.numel() == 0 or not self.has_data:
-            return x
+        if x.numel() == 0 or not self.has_data or self.nonfinite_count:
+            return x  # Nothing to look at, or what no weight may hold.
         self.growth = torch.ones_like(self.max_val)
         for _ in range(100):
             worst = largest_pair_sum(self.pairs(self.quantize(x.detach())))

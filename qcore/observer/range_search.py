@@ -95,8 +95,8 @@ class _Search:
     ) -> None:
         self.integers = integers
         self.middle = middle
-        self.points = torch.zeros(len(histograms), columns)
-        self.weights = torch.zeros(len(histograms), columns)
+        self.points = torch.zeros(len(histograms), columns, dtype=torch.float32)
+        self.weights = torch.zeros(len(histograms), columns, dtype=torch.float32)
         # In units of the largest value, squares in float32 neither overflow nor vanish.
         norms = [max(-histogram.low, histogram.high) for histogram in histograms]
         for row, (histogram, norm) in enumerate(zip(histograms, norms, strict=True)):
@@ -153,7 +153,7 @@ class _Search:
             zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
         scale = scale.float()
         least, most = (quant_min - zero_point).float(), (quant_max - zero_point).float()
-        errors = torch.empty(scale.shape)
+        errors = torch.empty(scale.shape, dtype=torch.float32)
         # Several whole rows of candidates at a time where they are short, else some candidates of one row.
         columns, candidates = self.points.shape[1], scale.shape[1]
         some = min(candidates, max(1, _BLOCK // columns))

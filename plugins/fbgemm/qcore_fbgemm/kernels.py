@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore.broadcast import factors
-from qcore.errors import BackendUnavailableError
+from qcore.errors import BackendUnavailableError, ShapeError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore.sums import check_sums
 from qcore_fbgemm.observers import is_depthwise, largest_sum
 
 ENGINE = "fbgemm"
 _LIBRARY = torch.ops.quantized
+#: The dynamic kernel never takes steps below 2**-14, in which small inputs are lost; so inputs come to it enlarged by
+#: this, and weights as much smaller. By a power of two no bit of a result changes.
+DYNAMIC_UNIT = 2.0**40
 _DTYPE = torch.quint8
 
 
@@ -96,7 +100,9 @@ class Quantize(KernelModule):
         scale, zero_point = self.qparams("output")
         quantize = torch.quantize_per_tensor
         with _engine():
-            quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
+            quantize(
+                torch.zeros(1, dtype=torch.float32), scale, zero_point, _DTYPE
+            )  # torch's one warning in a process.
         return _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds("output"))
 
 
@@ -130,6 +136,7 @@ class _Weighted(KernelModule):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    out_axis = 0
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, output: QParams, input_max: int | None = None
@@ -157,6 +164,7 @@ class _Weighted(KernelModule):
 
     def check_state(self) -> None:
         """A weight may be loaded that no rule has seen."""
+        check_sums(self.weight, axis=self.out_axis)
         if self.input_max is not None:
             check_pairs(self.weight, self.largest_sum(), self.input_max)
 
@@ -247,6 +255,8 @@ class QConvTranspose(_Weighted):
         output: qparams of the result.
         geometry: stride, padding, output padding (one number for each dimension), dilation and groups.
     """
+
+    out_axis = 1
 
     def __init__(
         self,
@@ -341,16 +351,18 @@ class QDynamicLinear(WeightKernel):
 
     def check_state(self) -> None:
         """A weight may be loaded that no rule has seen."""
+        super().check_state()
         check_pairs(self.weight, largest_sum(self.weight), 255)
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
+        scales = self.weight_scale.double() / DYNAMIC_UNIT
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int64)
         with _engine():
-            weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
+            weight = torch._make_per_channel_quantized_tensor(self.weight, scales, zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return with_batch(lambda x: kernel(x, packed), 2, self.weight.shape[1])
+        return with_batch(lambda x: kernel(x * DYNAMIC_UNIT, packed), 2, self.weight.shape[1])
 
 
 class QAdd(KernelModule):
@@ -461,6 +473,8 @@ def _sliced(
 
     def sliced(x: Tensor) -> Tensor:
         high, wide = ((x.shape[2 + n] - kernel[n]) // stride[n] + 1 for n in (0, 1))
+        if high < 1 or wide < 1:  # With the padding that wasn't wanted, the kernel takes it.
+            raise ShapeError(f"an input of the sizes {tuple(x.shape[2:])} is smaller than a kernel of {tuple(kernel)}")
         y = run(x if pad is None else pad(x))
         return y[:, :, dropped[0] : dropped[0] + high, dropped[1] : dropped[1] + wide]
 

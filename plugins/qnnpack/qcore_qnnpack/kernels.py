@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.broadcast import factors
-from qcore.errors import LoweringError
+from qcore.errors import LoweringError, ShapeError
 from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
 from qcore.lookup import LookupKernel
+from qcore.sums import check_sums
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized
+#: The dynamic kernel never takes steps below 2**-14, in which small inputs are lost; so inputs come to it enlarged by
+#: this, and weights as much smaller. By a power of two no bit of a result changes.
+DYNAMIC_UNIT = 2.0**40
 _DTYPE = torch.quint8
 #: Elements that are worked on in the calling thread; from 2**15 on torch uses its thread pool. QNNPACK has a pool of
 #: its own. The threads of torch's go on spinning for milliseconds after they have worked, and take the processors from
@@ -87,7 +91,9 @@ class Quantize(KernelModule):
         scale, zero_point = self.qparams("output")
         quantize = torch.quantize_per_tensor
         with _engine():
-            quantize(torch.zeros(1), scale, zero_point, _DTYPE)  # torch's one warning in a process.
+            quantize(
+                torch.zeros(1, dtype=torch.float32), scale, zero_point, _DTYPE
+            )  # torch's one warning in a process.
         whole = _bounded(lambda x: quantize(x, scale, zero_point, _DTYPE), self.bounds("output"))
         steps = float(1.0 / torch.tensor(scale, dtype=torch.float32))
         low, high = self.bounds("output") or (0, 255)
@@ -141,6 +147,7 @@ class _Weighted(KernelModule):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    out_axis = 0
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, output: QParams, input: QParams | None = None
@@ -168,8 +175,9 @@ class _Weighted(KernelModule):
         """Refuse a state that was loaded, where a rule would have declined it.
 
         Raises:
-            LoweringError: the scale of the sums is below float32's normal numbers.
+            LoweringError: sums could leave 32 bits, or their scale is below float32's normal numbers.
         """
+        check_sums(self.weight, axis=self.out_axis)
         if self.has_input and is_too_small(self.qparams("input")[0], self.weight_scale):
             raise LoweringError(
                 f"scales were loaded that a kernel can't compute with: {TOO_SMALL}. Convert the model that they "
@@ -238,6 +246,8 @@ class QConvTranspose(_Weighted):
         geometry: stride, padding, output padding (one number for each dimension), dilation and groups.
     """
 
+    out_axis = 1
+
     def __init__(
         self,
         weight: QuantizedWeight,
@@ -296,12 +306,13 @@ class QDynamicLinear(WeightKernel):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
+        scales = self.weight_scale.double() / DYNAMIC_UNIT
         zero_points = torch.zeros(self.weight.shape[0], dtype=torch.int64)
         with _engine():
-            weight = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zero_points, 0)
+            weight = torch._make_per_channel_quantized_tensor(self.weight, scales, zero_points, 0)
             packed = _LIBRARY.linear_prepack(weight, self.bias)
         kernel = _LIBRARY.linear_dynamic.default
-        return with_batch(lambda x: kernel(x, packed), 2, self.weight.shape[1])
+        return with_batch(lambda x: kernel(x * DYNAMIC_UNIT, packed), 2, self.weight.shape[1])
 
 
 class QAdd(KernelModule):
@@ -377,6 +388,8 @@ class QGlobalAvgPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels, height, width) to (..., channels, 1, 1)."""
         area = x.shape[-2] * x.shape[-1]
+        if area == 0:
+            raise ShapeError(f"expected images with pixels, found a tensor of shape {tuple(x.shape)}")
         pieces = _groups_of_channels(_as_plain(x if x.dim() == 4 else x.unsqueeze(0)))
         sums = torch.cat([piece.sum((2, 3), dtype=torch.int32).flatten() for piece in pieces])
         means = sums.to(torch.float32).sub_(x.q_zero_point() * area).mul_(x.q_scale() / area)
@@ -490,7 +503,7 @@ def _groups_of_channels(x: Tensor) -> Iterator[Tensor]:
     """Images and groups of their channels that stay in the calling thread; all at once where those would be many."""
     images, channels, height, width = x.shape
     size = PIECE // (height * width)
-    if size < 64:
+    if size < 64 or images == 0:
         yield x
         return
     for image in range(images):

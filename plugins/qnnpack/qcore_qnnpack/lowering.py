@@ -1,5 +1,6 @@
 """Which kernel computes which operator: the table of rules, and the functions that read an operator's arguments."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -7,15 +8,19 @@ from torch import nn
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
+from qcore.sums import why_inexact
 from qcore_qnnpack import kernels
 
 
-def _is_too_small(call: QuantizedCall) -> bool:
+def _inexact(call: QuantizedCall, axis: int = 0) -> Declined | None:
+    """Why the kernel would compute something wrong, if it would."""
     assert call.weight is not None
-    return kernels.is_too_small(call.inputs[0].scale, call.weight.scale)
-
-
-_TOO_SMALL = Declined(kernels.TOO_SMALL)
+    input = call.inputs[0] if call.inputs else None
+    weight = call.weight
+    if input is None:
+        weight = replace(weight, scale=weight.scale / kernels.DYNAMIC_UNIT)
+    reason = why_inexact(weight, call.bias, input, call.output, axis=axis, adds_bias=True)
+    return None if reason is None else Declined(reason)
 
 
 def conv(call: QuantizedCall) -> nn.Module | Declined:
@@ -25,8 +30,8 @@ def conv(call: QuantizedCall) -> nn.Module | Declined:
     padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
     if padding is None:
         return Declined("padding 'same' isn't symmetric here")
-    if _is_too_small(call):
-        return _TOO_SMALL
+    if declined := _inexact(call):
+        return declined
     geometry = (list(stride), padding, list(dilation), groups)
     return kernels.QConv(call.weight, call.bias, call.quantized_output, geometry, call.inputs[0])
 
@@ -44,8 +49,8 @@ def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
 def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
     """A transposed convolution."""
     assert call.weight is not None
-    if _is_too_small(call):
-        return _TOO_SMALL
+    if declined := _inexact(call, axis=1):
+        return declined
     _, _, _, stride, padding, output_padding, groups, dilation = call.args
     geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
     return kernels.QConvTranspose(call.weight, call.bias, call.quantized_output, geometry, call.inputs[0])
@@ -54,8 +59,8 @@ def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer."""
     assert call.weight is not None
-    if _is_too_small(call):
-        return _TOO_SMALL
+    if declined := _inexact(call):
+        return declined
     return kernels.QLinear(call.weight, call.bias, call.quantized_output, call.inputs[0])
 
 
@@ -64,6 +69,8 @@ def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
     assert call.weight is not None
     if call.dynamic != (0, 255):
         return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
+    if declined := _inexact(call):
+        return declined
     return kernels.QDynamicLinear(call.weight, call.bias)
 
 

@@ -7,6 +7,7 @@ plain ones look for at each call. Where a torch no longer has the quantized ones
 take their place.
 """
 
+import copy
 import functools
 import math
 import warnings
@@ -22,10 +23,12 @@ from qcore import ops
 from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError
 from qcore.kernel import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
+from qcore.sums import check_sums
 from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
 from qcore_x86_onednn.integers import merge_groups
 from qcore_x86_onednn.observers import largest_sum
+from qcore_x86_onednn.windows import Geometry, in_any_windows, rewriting
 
 _ONEDNN = torch.ops.onednn
 _QUANTIZED = torch.ops.quantized
@@ -52,7 +55,7 @@ if _HAS_QUANTIZED:
         # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
         warnings.simplefilter("ignore")
         torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
-        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, _QUANTIZED_DTYPE)
+        torch.quantize_per_tensor(torch.zeros(1, dtype=torch.float32), 1.0, 0, _QUANTIZED_DTYPE)
 
 
 #: Stride, padding, dilation and groups of a convolution that says nothing of them.
@@ -83,7 +86,7 @@ def measure_saturation() -> bool:
 
 
 def _all_weights_127(window: list[int]) -> tuple[QuantizedWeight, None, QParams, None, tuple[str, list[float], str]]:
-    one = torch.ones(16)
+    one = torch.ones(16, dtype=torch.float32)
     weight = QuantizedWeight(torch.full((16, 16, *window), 127, dtype=torch.int8), one, one * 0, 0)
     return weight, None, QParams(1.0, 0, 0, 255, torch.uint8), None, ("none", [], "")
 
@@ -152,7 +155,7 @@ def as_plain(x: Tensor) -> Tensor:
 def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Float to uint8."""
     if not _HAS_QUANTIZED:
-        arguments = torch.tensor(scale), torch.tensor(zero_point), 0, 255, torch.uint8
+        arguments = torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point), 0, 255, torch.uint8
         return ops.quantize_per_tensor(x, *arguments)  # type: ignore[no-any-return]
     return as_plain(torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE))
 
@@ -160,7 +163,7 @@ def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
 def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """uint8 to float."""
     if not _HAS_QUANTIZED:
-        return ops.dequantize_per_tensor(x, torch.tensor(scale), torch.tensor(zero_point))  # type: ignore[no-any-return]
+        return ops.dequantize_per_tensor(x, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point))  # type: ignore[no-any-return]
     return as_quantized(x, scale, zero_point).dequantize()
 
 
@@ -338,12 +341,14 @@ class _Weighted(WeightKernel):
         return "" if self.activation[0] == "none" else "_relu"
 
     def check_state(self) -> None:
-        """Refuse weights that the kernel would add up wrongly.
+        """A weight may be loaded that no rule has seen, and the model may come from another CPU.
 
         Raises:
-            BackendUnavailableError: the model or its state comes from a CPU with other instructions, and its weights
-                could saturate here.
+            LoweringError: sums of the weight could leave 32 bits.
+            BackendUnavailableError: the model comes from a CPU with other instructions, and its weights could saturate
+                here.
         """
+        check_sums(self.weight, self.input_max)
         if could_saturate(self.kernel_weight(), self.input_max):
             raise BackendUnavailableError(
                 "This model or its state comes from a CPU with VNNI instructions. On this CPU, which has none, sums of "
@@ -380,7 +385,7 @@ class QConv(_Weighted):
         input: QParams,
         output: QParams | None,
         given: tuple[str, list[float], str],
-        geometry: tuple[list[int], list[int], list[int], int],
+        geometry: Geometry,
         merged: int = 1,
     ) -> None:
         self.dimensions = weight.values.dim() - 2
@@ -456,8 +461,14 @@ class QConv(_Weighted):
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
-        run = self._run_of_engine() if self.has_quantized_kernel else self._run_of_plain()
+        _, zero_point = self.qparams("input")
+        run = in_any_windows(self.weight, self.geometry, zero_point, self._run_of_geometry)
         return bounded(with_batch(run, self.dimensions + 2, self.width), self.cuts)
+
+    def _run_of_geometry(self, geometry: Geometry) -> Callable[[Tensor], Tensor]:
+        twin = copy.copy(self)
+        twin.geometry = geometry
+        return twin._run_of_engine() if self.has_quantized_kernel else twin._run_of_plain()
 
     def _run_of_engine(self) -> Callable[..., Tensor]:
         kernel = getattr(_QUANTIZED, f"conv2d{self.relu}").new
@@ -510,11 +521,12 @@ class QConvAdd(QConv):
         """The kernel with its constants bound; another computation where it would have to broadcast."""
         in_kernel = with_batch(self._run_of_plain(), 4, self.width)
         in_float = functools.cache(self._run_in_float)
+        is_rewritten = rewriting(self.weight, self.geometry, self.qparams("input")[1])
 
         def run(x: Tensor, other: Tensor) -> Tensor:
             # The examples had one shape; an input of another size may leave another.
             fits = x.dim() == other.dim() and other.shape[-3:] == self._shape_of_one(x)
-            return in_kernel(x, other) if fits else in_float()(x, other)
+            return in_kernel(x, other) if fits and not is_rewritten(x.shape[-2:]) else in_float()(x, other)
 
         return bounded(run, self.cuts)
 
@@ -525,10 +537,9 @@ class QConvAdd(QConv):
         return (self.weight.shape[0], *sizes)
 
     def _run_in_float(self) -> Callable[[Tensor, Tensor], Tensor]:
-        kernel = _ONEDNN.qconv2d_pointwise.default
-        constants, bias = self._constants()
-        arguments = (bias, *self._geometry(), 1.0, 0, torch.float32, "none", [], "")
-        convolved = with_batch(lambda x: kernel(x, *constants(x), *arguments), 4, self.width)
+        weight = QuantizedWeight(self.weight, self.weight_scale, torch.zeros_like(self.weight_scale), 0)
+        input = QParams(*self.qparams("input"), 0, self.input_max, torch.uint8)
+        convolved = QConv(weight, self.bias, input, None, ("none", [], ""), self.geometry, self.merged).pack()
         other_qparams, output = self.qparams("other"), self.qparams("output")
         activation = torch.relu if self.activation[0] == "relu" else torch.positive
 
@@ -634,7 +645,7 @@ class QDynamicLinear(WeightKernel):
 
         def run(x: Tensor) -> Tensor:
             if x.numel() == 0:
-                return torch.empty((*x.shape[:-1], width))
+                return torch.empty((*x.shape[:-1], width), dtype=torch.float32)
             scale, zero_point = ops.dynamic_qparams(x, 0, 255)
             integers = ops.quantize_per_tensor(x, scale, zero_point, 0, 255, torch.uint8)
             y: Tensor = kernel(integers, scale, zero_point, *constants)

@@ -13,6 +13,7 @@ from qcore.fx.operators import Operator
 from qcore.kernel import QuantizedWeight
 from qcore.lookup import LookupKernel
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
+from qcore.sums import why_inexact
 from qcore_x86_onednn import elementwise, integers, kernels
 from qcore_x86_onednn.backend_config import FUSED_ACTIVATIONS, FUSED_FIXED
 
@@ -40,6 +41,16 @@ def _activation(call: QuantizedCall) -> _Activation:
 _SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerChannelMinMaxObserver for them")
 
 
+def _inexact(call: QuantizedCall, weight: QuantizedWeight, bias: Tensor | None) -> Declined | None:
+    """Why the kernel would compute something wrong, if it would."""
+    input = call.inputs[0] if call.inputs else None
+    reason = why_inexact(weight, bias, input, call.output)
+    if reason is not None:
+        return Declined(reason)
+    saturates = kernels.could_saturate(weight.values, 255 if input is None else input.quant_max)
+    return _SATURATES if saturates else None
+
+
 def _weight_and_bias(call: QuantizedCall) -> tuple[QuantizedWeight, Tensor | None]:
     """Those of a convolution or linear layer.
 
@@ -49,7 +60,7 @@ def _weight_and_bias(call: QuantizedCall) -> tuple[QuantizedWeight, Tensor | Non
     assert weight is not None
     if op.operator_of(call.nodes[-1]) is not op.HARDSIGMOID:
         return weight, bias
-    sixth = torch.zeros(weight.values.shape[0]) if bias is None else bias / 6
+    sixth = torch.zeros(weight.values.shape[0], dtype=torch.float32) if bias is None else bias / 6
     return replace(weight, scale=weight.scale / 6), sixth + 0.5
 
 
@@ -60,8 +71,8 @@ def _conv_arguments(call: QuantizedCall) -> tuple[Any, ...] | Declined:
     padding = _int_padding(padding, kernel, dilation)
     if padding is None:
         return Declined("padding 'same' isn't symmetric here")
-    if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
-        return _SATURATES
+    if declined := _inexact(call, weight, bias):
+        return declined
     merged = _groups_to_merge(weight.values, groups, padding)
     geometry = (list(stride), list(padding), list(dilation), groups)
     return weight, bias, call.inputs[0], call.output, _activation(call), geometry, merged
@@ -109,8 +120,8 @@ def conv_add(call: QuantizedCall) -> nn.Module | Declined:
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer, alone or with an activation."""
     weight, bias = _weight_and_bias(call)
-    if kernels.could_saturate(weight.values, call.inputs[0].quant_max):
-        return _SATURATES
+    if declined := _inexact(call, weight, bias):
+        return declined
     return kernels.QLinear(weight, bias, call.inputs[0], call.output, _activation(call))
 
 
@@ -119,8 +130,8 @@ def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
     assert call.weight is not None
     if call.dynamic != (0, 255):
         return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
-    if kernels.could_saturate(call.weight.values, 255):
-        return _SATURATES
+    if declined := _inexact(call, call.weight, call.bias):
+        return declined
     return kernels.QDynamicLinear(call.weight, call.bias)
 
 
