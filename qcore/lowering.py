@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 
 from qcore import ops
 from qcore.backend_config import Pattern
+from qcore.errors import LoweringError
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, set_tensor, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
+from qcore.fx.patterns import pattern_problems
 from qcore.kernel import QParams, QuantizedWeight
 
 #: In place of a kernel's name.
@@ -165,6 +167,9 @@ def lower_with_rules(
 
     Returns:
         The lowered model; its plan names the kernels, and the reasons where there are none.
+
+    Raises:
+        LoweringError: a rule's pattern can't be, or what it builds is no module.
     """
     return _Lowering(reference, rules, enter, leave).run()
 
@@ -199,6 +204,9 @@ class _Lowering:
         }
         self.by_last: dict[object, list[tuple[tuple[object, ...], LoweringRule]]] = {}
         self.dynamic_rules = {pattern_keys(rule.pattern)[0]: rule for rule in rules if rule.is_dynamic}
+        problems = [problem for rule in rules for problem in pattern_problems(rule.pattern)]
+        if problems:
+            raise LoweringError(f"the rules can't be meant so: {'; '.join(problems)}")
         for rule in rules:
             if rule.is_dynamic:
                 continue
@@ -410,6 +418,8 @@ class _Lowering:
             node.replace_all_uses_with(made[identity])
 
     def add_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+        if not isinstance(module, nn.Module):
+            raise LoweringError(f"what is to compute node {name!r} is {module!r}, neither a module nor Declined")
         name = name.replace(".", "_")
         number = 0
         while name in self.root._modules:
