@@ -324,6 +324,15 @@ class KeepsScalesFromConversion(Toy):
         return kernel
 
 
+class KeepsItsWeightOutOfItsState(Toy):
+    class Packed(Weighted):
+        def __getstate__(self):
+            return {**super().__getstate__(), "_buffers": {**self._buffers, "weight": self.weight * 0}}
+
+    def kernel(self, call):
+        return self.Packed(call) if call.weight is not None else super().kernel(call)
+
+
 class ComputesOneImage(Toy):
     def wrong(self, kernel, *inputs):
         result = kernel(*(x[:1] for x in inputs))
@@ -407,6 +416,7 @@ COMPUTES = "test_a_kernel_computes_what_the_reference_does"
 LEAVES = "test_integers_that_are_read_again_are_left_as_they_are"
 SAME = "test_the_same_call_gives_the_same_bits"
 SAVED = "test_copies_and_saved_models_compute_the_same_bits"
+LOADED = "test_a_state_dict_makes_a_twin_the_same_model"
 CLAIMS = "test_what_the_backend_claims_ends_in_a_kernel"
 SATURATES = "test_nothing_saturates_at_the_ends_of_the_ranges"
 DEFAULT = "test_the_default_mapping_gives_kernels_at_the_ends_of_the_ranges"
@@ -439,8 +449,9 @@ FOUND = [
     (GivesTheSameMemory, [(SAME, "conv2d 3x3"), (SAME, "linear")]),
     (IgnoresTheClamp, [(COMPUTES, "conv2d + clamp above zero"), (COMPUTES, "add + clamp above zero"),
                        (COMPUTES, "linear + clamp below zero"), (COMPUTES, "cat with a clamped convolution")]),
-    (KeepsBoundsFromConversion, [(SAVED, "cat with a clamped convolution")]),
-    (KeepsScalesFromConversion, [(SAVED, "conv2d 3x3"), (SAVED, "linear")]),
+    (KeepsBoundsFromConversion, [(LOADED, "cat with a clamped convolution")]),
+    (KeepsScalesFromConversion, [(LOADED, "conv2d 3x3"), (LOADED, "linear")]),
+    (KeepsItsWeightOutOfItsState, [(SAVED, "conv2d 3x3"), (SAVED, "linear")]),
     (ComputesOneImage, [(COMPUTES, "conv2d 3x3"), (COMPUTES, "linear")]),
     (GivesAnotherDtype, [(COMPUTES, "conv2d 3x3"), (COMPUTES, "add")]),
     (ReadsData, [(REPLAYED, "conv2d 3x3"), (REPLAYED, "add")]),

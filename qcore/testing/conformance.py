@@ -192,7 +192,7 @@ class BackendConformance:
     tolerance: ClassVar[float] = 1.01
     bias: ClassVar[float] = 0.2
     declines: ClassVar[Mapping[str, str]] = {}
-    _prepared: ClassVar[dict[str, nn.Module]]
+    _prepared: ClassVar[dict[tuple[Case, int], nn.Module]]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -207,8 +207,14 @@ class BackendConformance:
             pytest.skip(availability.reason)
 
     def prepared(self, case: Case, mapping: QConfigMapping | None = None, seed: int = 0) -> nn.Module:
-        """The calibrated model of a case; that of the default mapping is kept for other tests."""
-        key = f"{case.name}, extreme: {case.is_extreme}, seed {seed}"
+        """The calibrated model of a case; that of the default mapping is kept for other tests.
+
+        Args:
+            case: the case.
+            mapping: in the place of the default one.
+            seed: of weights and data; the data is the larger the larger it is.
+        """
+        key = case, seed
         if mapping is None and key in self._prepared:
             return self._prepared[key]
         own = ask_by_name(get_default_qconfig_mapping(self.backend) if mapping is None else mapping)
@@ -224,7 +230,7 @@ class BackendConformance:
         return prepared
 
     def make(self, case: Case, mapping: QConfigMapping | None = None, seed: int = 0) -> tuple[QGraphModule, nn.Module]:
-        """The reference model and the converted one of a case."""
+        """The reference model and the converted one of a case; arguments as above."""
         prepared = self.prepared(case, mapping, seed)
         reference = convert_to_reference_fx(prepared)
         assert isinstance(reference, QGraphModule)
@@ -389,18 +395,34 @@ class BackendConformance:
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_copies_and_saved_models_compute_the_same_bits(self, case: Case) -> None:
-        """Through pickle, and a state_dict loaded into the twin of another model, calibrated on other data."""
+        """Through deepcopy, pickle, and a file of the state_dict."""
         _, converted = self.make(case)
         inputs = case.inputs(2)
         expected = self.run(converted, inputs)
-        assert torch.equal(self.run(pickle.loads(pickle.dumps(converted)), inputs), expected)
-        _, twin = self.make(case, seed=1)
-        self.run(twin, inputs)
+        assert torch.equal(self.run(copy.deepcopy(converted), inputs), expected)
+        again = pickle.loads(pickle.dumps(converted))
+        assert torch.equal(self.run(again, inputs), expected)
         file = io.BytesIO()
         torch.save(converted.state_dict(), file)
         file.seek(0)
-        twin.load_state_dict(torch.load(file, weights_only=True))
-        assert torch.equal(self.run(twin, inputs), expected), "what a kernel computes isn't all in its state"
+        again.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(self.run(again, inputs), expected)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_a_state_dict_makes_a_twin_the_same_model(self, case: Case) -> None:
+        """Whatever weights and data the twin was made of, called or not: all that depends on them is in the state."""
+        _, converted = self.make(case)
+        _, other = self.make(case, seed=6)
+        inputs = tuple(3 * x for x in case.inputs(2))
+        with torch.no_grad():
+            expected = converted(*inputs)
+            for calls in (0, 4):
+                twin = copy.deepcopy(other)
+                for _ in range(calls):
+                    twin(*inputs)
+                twin.load_state_dict(converted.state_dict(), assign=calls > 0)
+                for _ in range(4):
+                    assert torch.equal(twin(*inputs), expected), "what a kernel computes isn't all in its state"
 
     def test_threads_compute_the_same_bits(self) -> None:
         """One model called by several threads at once, the first calls included."""
