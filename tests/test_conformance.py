@@ -31,6 +31,11 @@ WEIGHTED = (*op.CONV, op.LINEAR)
 UNWEIGHTED = (op.ADD, op.MUL, op.MEAN, *op.AVG_POOL)
 
 
+def bounds(qparams):
+    info = torch.iinfo(qparams.dtype)
+    return qparams.bounds or (info.min, info.max)
+
+
 class State(KernelModule):
     """A kernel that packs nothing: all that it computes with are its buffers."""
 
@@ -38,9 +43,11 @@ class State(KernelModule):
         return self.compute
 
     def add(self, name, qparams):
-        for part, value in (("scale", qparams.scale), ("zero_point", float(qparams.zero_point)),
-                            ("low", float(qparams.quant_min)), ("high", float(qparams.quant_max))):  # fmt: skip
-            self.register_buffer(f"{name}_{part}", torch.tensor(value))
+        low, high = bounds(qparams)
+        for part, value in (
+            ("scale", qparams.scale), ("zero_point", qparams.zero_point), ("low", low), ("high", high)
+        ):  # fmt: skip
+            self.register_buffer(f"{name}_{part}", torch.tensor(float(value)))
         self.dtype = qparams.dtype
 
     def to_real(self, x, name="input"):
@@ -302,7 +309,11 @@ class GivesTheSameMemory(Toy):
 
 class IgnoresTheClamp(Toy):
     def kernel(self, call):
-        return super().kernel(replace(call, output=replace(call.output, quant_min=0, quant_max=255)))
+        made = super().kernel(call)
+        state = made.kernel if call.weight is not None else made.kernel.enter
+        state.output_low.fill_(0)
+        state.output_high.fill_(255)
+        return made
 
 
 def clamped(low, high, kernel, *inputs):
@@ -311,8 +322,8 @@ def clamped(low, high, kernel, *inputs):
 
 class KeepsBoundsFromConversion(Toy):
     def kernel(self, call):
-        kernel, low, high = super().kernel(call), call.output.quant_min, call.output.quant_max
-        kernel.fault = functools.partial(clamped, low, high)
+        kernel = super().kernel(call)
+        kernel.fault = functools.partial(clamped, *bounds(call.output))
         return kernel
 
 
