@@ -5,8 +5,9 @@ computes as one, with the :class:`DTypeConfig` that it accepts. Operators may be
 or a method name; qcore reads all forms of one operator as the same (``nn.ReLU``, ``F.relu``, ``"relu"``).
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from qcore.dtypes import QScheme, canonical_dtype, canonical_qscheme
-from qcore.errors import ConfigError, NotSupportedError
+from qcore.errors import ConfigError, NotSupportedError, PluginError
 
 #: One operator (module class, function, method name), or a chain of them in the order of execution.
 Pattern = Any
@@ -118,6 +119,21 @@ class Condition:
     name: str
     test: Callable[[fx.Node], bool]
 
+    def holds(self, node: fx.Node) -> bool:
+        """What the test says of a node.
+
+        Raises:
+            PluginError: it fails; its own error is chained.
+        """
+        try:
+            return bool(self.test(node))
+        except Exception as error:
+            raise PluginError(
+                f"the condition {self.name!r} of a backend's pattern failed on node {node.name!r} (a "
+                f"{getattr(node.target, '__name__', node.target)}): {type(error).__name__}: {error}",
+                hook="qcore_backend_config",
+            ) from error
+
 
 class BackendPatternConfig:
     """What a backend accepts for one pattern. Every setter returns the config.
@@ -157,6 +173,12 @@ class BackendPatternConfig:
         """Narrow the pattern; among configs of one pattern, those with a condition are tried first."""
         self.condition = condition
         return self
+
+    def copy(self) -> "BackendPatternConfig":
+        """One that can be changed without a change to this one."""
+        copied = copy.copy(self)
+        copied.dtype_configs = list(self.dtype_configs)
+        return copied
 
     def set_root_module(self, root_module: type[torch.nn.Module]) -> Self:
         """Not needed: qcore finds the weighted operator of a chain by itself."""
@@ -224,11 +246,15 @@ class BackendConfig:
             raise ConfigError(
                 f"BackendConfig {self.name!r}: a BackendPatternConfig without a pattern; call set_pattern"
             )
+        if not isinstance(config.pattern, Hashable):
+            raise ConfigError(
+                f"BackendConfig {self.name!r}: {config.pattern!r} is no pattern; a chain of operators is a tuple"
+            )
         if not config.dtype_configs:
             raise ConfigError(
                 f"BackendConfig {self.name!r}: {config.pattern!r} accepts no dtypes; call add_dtype_config"
             )
-        self._configs[(config.pattern, config.condition.name if config.condition else "")] = config
+        self._configs[(config.pattern, getattr(config.condition, "name", ""))] = config
         return self
 
     def set_backend_pattern_configs(self, configs: Iterable[BackendPatternConfig]) -> Self:
@@ -236,6 +262,10 @@ class BackendConfig:
         for config in configs:
             self.set_backend_pattern_config(config)
         return self
+
+    def copy(self) -> "BackendConfig":
+        """One that can be changed, and whose patterns can, without a change to this one."""
+        return BackendConfig(self.name).set_backend_pattern_configs(config.copy() for config in self.configs)
 
     @property
     def configs(self) -> list[BackendPatternConfig]:

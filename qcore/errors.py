@@ -12,11 +12,11 @@
     │   ├── GuardError                    a call in another form than the one that was traced
     │   └── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
     ├── CalibrationError                  an observer that saw no data
-    ├── BackendError
-    │   ├── BackendNotFoundError          no installed plugin has that name
-    │   ├── PluginError                   a plugin is installed and fails to import or to register
-    │   └── BackendUnavailableError       the plugin works, this machine lacks what it needs
-    └── LoweringError                     a backend returned something that can't run
+    └── BackendError
+        ├── BackendNotFoundError          no installed plugin has that name
+        ├── PluginError                   a plugin is installed and can't be loaded, or a hook of it fails
+        │   └── LoweringError             a backend's lowering failed, or gave what can't stand for the model
+        └── BackendUnavailableError       the plugin works, this machine lacks what it needs
 
     QcoreWarning (UserWarning)
     ├── UnsupportedQConfigWarning         on_unsupported="warn": what stays float, and why
@@ -25,7 +25,25 @@
 Each message says what was asked, what was found and what to do next.
 """
 
-from collections.abc import Sequence
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable, Sequence
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question for a message about a name that isn't known: ``"did you mean 'x'?"``; empty if none is like it."""
+    plain = {other.lower().replace("-", "_"): other for other in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1)
+    return f"did you mean {plain[close[0]]!r}?" if close else ""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line, outside of qcore, that asked for what is warned of."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "qcore":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 class QcoreError(Exception):
@@ -123,15 +141,27 @@ class BackendNotFoundError(BackendError, LookupError):
 
 
 class PluginError(BackendError):
-    """A plugin is installed and can't be used; the cause is chained."""
+    """A plugin is installed and can't be used, or a hook of it failed or gave what it must not; the cause is chained.
+
+    Attributes:
+        backend: the backend's name; empty where only a part of a plugin is known to have failed.
+        distribution: the distribution that brings it, with its version.
+        hook: the hook that failed; empty if the plugin couldn't be loaded.
+    """
+
+    def __init__(self, message: str, backend: str = "", distribution: str = "", hook: str = "") -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.distribution = distribution
+        self.hook = hook
 
 
 class BackendUnavailableError(BackendError):
     """The plugin is sound, but this machine lacks what its kernels need."""
 
 
-class LoweringError(BackendError):
-    """A backend's lowering returned something that can't run."""
+class LoweringError(PluginError):
+    """A backend's lowering failed, changed what it was given, or returned what can't stand for the model."""
 
 
 class QcoreWarning(UserWarning):

@@ -15,11 +15,13 @@ from torch import Tensor, fx, nn
 
 from qcore import ops
 from qcore.backend_config import Pattern
+from qcore.errors import LoweringError
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, adopt, get_attribute, is_persistent, place_for, set_tensor, submodule
 from qcore.fx.names import free_target, qparams_targets
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
+from qcore.fx.patterns import pattern_problems
 from qcore.kernel import KernelModule, PadKernel, QParams, QuantizedWeight
 
 #: In place of a kernel's name.
@@ -169,6 +171,9 @@ def lower_with_rules(
 
     Returns:
         The lowered model; its plan names the kernels, and the reasons where there are none.
+
+    Raises:
+        LoweringError: a rule's pattern can't be, or what it builds is no module.
     """
     return _Lowering(reference, rules, enter, leave).run()
 
@@ -205,6 +210,9 @@ class _Lowering:
         }
         self.by_last: dict[object, list[tuple[tuple[object, ...], LoweringRule]]] = {}
         self.dynamic_rules = {pattern_keys(rule.pattern)[0]: rule for rule in rules if rule.is_dynamic}
+        problems = [problem for rule in rules for problem in pattern_problems(rule.pattern)]
+        if problems:
+            raise LoweringError(f"the rules can't be meant so: {'; '.join(problems)}")
         for rule in rules:
             if rule.is_dynamic:
                 continue
@@ -431,6 +439,8 @@ class _Lowering:
 
     def add_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         """A node that calls a module of the backend's; at which name it stands is settled when all else has its own."""
+        if not isinstance(module, nn.Module):
+            raise LoweringError(f"what is to compute node {name!r} is {module!r}, neither a module nor Declined")
         node = new_node(self.graph, "call_module", name, args)
         self.modules[node] = module
         return node

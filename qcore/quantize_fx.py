@@ -32,12 +32,14 @@ from qcore.fx.graph_module import (
 )
 from qcore.fx.names import can_be_preserved
 from qcore.fx.parts import comparable, copy_of, find_parts, replace_modules
+from qcore.fx.patterns import config_problems
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import run_model
 from qcore.fx.tracer import trace
-from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
+from qcore.plugins.backend import Backend
+from qcore.plugins.manager import REFERENCE, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import PythonModule, QuantizationPlan, joined_plan
 
@@ -121,7 +123,8 @@ def prepare_fx(
         resolver, traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
         custom.preserved_attributes,
     )  # fmt: skip
-    with garbage_left_alone():
+    its_own = ("qcore_fusion_patterns", *(("qcore_backend_config",) if backend_config is None else ()))
+    with garbage_left_alone(), chosen.answers_for(*its_own):
         with comparable():
             found = find_parts(
                 model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
@@ -225,8 +228,13 @@ def fuse_fx(
     if fuse_custom_config is not None or backend_config is not None:
         raise NotSupportedError("fuse_fx takes no fuse_custom_config and no backend_config; name a backend=... instead")
     _check_mode(model)
-    patterns = BATCH_NORM_FUSIONS if backend is None else get_available_backend(backend).fusion_patterns()
-    fused = fuse(trace(model), patterns)
+    traced = trace(model)
+    if backend is None:
+        fused = fuse(traced, BATCH_NORM_FUSIONS)
+    else:
+        chosen = get_available_backend(backend)
+        with chosen.answers_for("qcore_fusion_patterns"):
+            fused = fuse(traced, chosen.fusion_patterns())
     fused.finish()
     return fused
 
@@ -347,6 +355,9 @@ def _choose_backend(name: str | None, backend_config: BackendConfig | None, mapp
     if backend_config is not None and not isinstance(backend_config, BackendConfig):
         found = f"{type(backend_config).__module__}.{type(backend_config).__name__}"
         raise ConfigError(f"backend_config: expected a qcore.BackendConfig, found {found}; import it from qcore")
+    problems = config_problems(backend_config) if backend_config is not None else []
+    if problems:
+        raise ConfigError(problems)
     if name is not None:
         if mapping.backend is not None and canonical_backend_name(name) != mapping.backend:
             warnings.warn(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
+from qcore.errors import PluginError
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
@@ -34,6 +35,22 @@ class FusionPattern:
     pattern: Pattern
     rewrite: Callable[[QGraphModule, Sequence[fx.Node]], bool]
 
+    def apply(self, module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
+        """Rewrite a chain, and return whether that was done.
+
+        Raises:
+            PluginError: the rewrite fails, or doesn't say whether it did; its own error is chained.
+        """
+        where = f"the rewrite of the fusion pattern {self.pattern!r} at node {chain[0].name!r}"
+        try:
+            done = self.rewrite(module, chain)
+        except Exception as error:
+            message = f"{where} failed: {type(error).__name__}: {error}"
+            raise PluginError(message, hook="qcore_fusion_patterns") from error
+        if not isinstance(done, bool):
+            raise PluginError(f"{where} returned {done!r}, neither True nor False", hook="qcore_fusion_patterns")
+        return done
+
 
 def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModule:
     """Apply every pattern wherever it fits, longest first, in one walk; changes and returns ``module``.
@@ -54,7 +71,7 @@ def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModul
             module_types[str(node.target)] = type(submodule(module, str(node.target)))
         for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
             chain = _chain(node, keys, module_types)
-            if chain is not None and pattern.rewrite(module, chain):
+            if chain is not None and pattern.apply(module, chain):
                 break
     return module
 

@@ -91,7 +91,7 @@ def find_matches(
             (chain, config)
             for keys, config in table.candidates(anchor_key(node, module_types))
             if (chain := _follow(node, keys, module_types, taken)) is not None
-            and (config.condition is None or config.condition.test(node))
+            and (config.condition is None or config.condition.holds(node))
         ]
         if not fitting:
             continue

@@ -115,6 +115,11 @@ _BY_NAME: dict[str, Operator] = {value.name: value for value in _BY_FUNCTION.val
 MOVE_OPERATORS: tuple[Operator, ...] = tuple(op for op in _BY_FUNCTION.values() if op.kind is Kind.MOVE)
 
 
+def is_listed(operator: Operator) -> bool:
+    """Whether an operator is one of this table's."""
+    return _BY_NAME.get(operator.name) == operator
+
+
 def operator_named(name: str) -> Operator:
     """The operator of a name."""
     return _BY_NAME[name]

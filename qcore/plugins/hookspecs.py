@@ -6,8 +6,10 @@ group ``qcore.backends`` whose name is the backend's::
     [project.entry-points."qcore.backends"]
     mychip = "qcore_mychip.plugin"
 
-Another name for a backend is an entry point of the group ``qcore.aliases`` whose value is the backend's name. Hooks
-return immutable data, or data that the caller may keep, and change nothing that they are given.
+Another name for a backend is an entry point of the group ``qcore.aliases`` whose value is the backend's name, in the
+distribution that brings the backend. Hooks return immutable data, or data that the caller may keep, and change nothing
+that they are given. An answer is held to its type and shape (``answers.py``); whatever a hook raises, and whatever it
+returns that it must not, is a ``PluginError`` that names plugin, distribution and hook.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +77,11 @@ def qcore_probe() -> Availability:
 
 @hookspec(firstresult=True)
 def qcore_backend_config() -> BackendConfig:
-    """The patterns that the kernels accept, with their constraints on this machine. Required."""
+    """The patterns that the kernels accept, with their constraints on this machine. Required.
+
+    Each element of a pattern is an operator of ``qcore.fx.operators``, a function, the name of a tensor's method, or a
+    module class.
+    """
     raise NotImplementedError
 
 
@@ -87,7 +93,10 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 
 @hookspec(firstresult=True)
 def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
-    """The backend's own implementations of observers, by the class that each stands in for. Without it: none."""
+    """The backend's own implementations of observers, by the class that each stands in for. Without it: none.
+
+    Each is a subclass of the class that it stands in for.
+    """
     raise NotImplementedError
 
 
@@ -101,7 +110,8 @@ def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
 def qcore_lower(model: QGraphModule) -> nn.Module:
     """Turn a reference model into one on the backend's kernels. Without it: the reference model itself runs.
 
-    ``qcore.lowering.lower_with_rules`` does it from a table; a vendor's compiler may take the whole graph.
+    ``qcore.lowering.lower_with_rules`` does it from a table; a vendor's compiler may take the whole graph. The result
+    is called like ``model``, which stays as it is. One that doesn't carry the plan of ``model`` is run beside it once.
     """
     raise NotImplementedError
 

@@ -1,126 +1,34 @@
-"""Loads a backend's plugin when it is first asked for, and gives its hooks as one typed object."""
+"""Finds the backend that a name stands for, loads its plugin when it is first asked for, and chooses a default."""
 
 import importlib
 import os
-import warnings
-from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache
 from types import ModuleType
+from typing import Any
 
-import pluggy
-import torch
-from torch import nn
+from qcore.errors import (
+    BackendNotFoundError,
+    BackendUnavailableError,
+    ConfigError,
+    PluginError,
+    QcoreWarning,
+    did_you_mean,
+    warn_caller,
+)
+from qcore.plugins.backend import DISABLE_VARIABLE, Backend, loading_error
+from qcore.plugins.entry_points import REFERENCE as _REFERENCE
+from qcore.plugins.entry_points import InstalledBackend, foreign_aliases, installed_backends, normalized
 
-from qcore._version import __version__
-from qcore.backend_config import BackendConfig
-from qcore.errors import BackendNotFoundError, BackendUnavailableError, LoweringError, PluginError, QcoreWarning
-from qcore.fx.fuse import FusionPattern
-from qcore.fx.graph_module import QGraphModule
-from qcore.observer import ObserverBase
-from qcore.plugins import hookspecs
-from qcore.plugins.entry_points import InstalledBackend, installed_backends
-from qcore.plugins.hookspecs import PLUGIN_API, REQUIRED, Availability, BackendInfo
-from qcore.qconfig_mapping import QConfigMapping
+#: The name of the backend that the core brings itself.
+REFERENCE = _REFERENCE.name
 
-#: Names of backends, separated by commas, that qcore shall treat as not installed.
-DISABLE_VARIABLE = "QCORE_DISABLE_PLUGINS"
-
-#: The backend that the core brings itself.
-REFERENCE = "reference"
-
-
-class Backend:
-    """One backend: its plugin's hooks, called as needed.
-
-    Args:
-        installed: where it comes from.
-        plugin: the module, or any object, with the hook implementations.
-
-    Raises:
-        PluginError: a hook is misspelt, takes arguments that it doesn't have, or a required one is missing; or the
-            plugin was written for another version of the plugin API.
-    """
-
-    def __init__(self, installed: InstalledBackend, plugin: ModuleType | object) -> None:
-        self.installed = installed
-        manager = pluggy.PluginManager("qcore")
-        manager.add_hookspecs(hookspecs)
-        try:
-            manager.register(plugin, installed.name)
-            manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise _plugin_error(installed, f"its hooks don't fit: {error}") from error
-        self._hook = manager.hook
-        missing = [name for name in REQUIRED if not getattr(manager.hook, name).get_hookimpls()]
-        if missing:
-            raise _plugin_error(installed, f"it doesn't implement {', '.join(missing)}")
-        version = self.info.api_version
-        if version != PLUGIN_API:
-            raise _plugin_error(
-                installed, f"it was written for plugin API {version}, this qcore has {PLUGIN_API}; update the older one"
-            )
-        if self.info.name != installed.name:
-            raise _plugin_error(installed, f"it calls itself {self.info.name!r}; the entry point must have that name")
-
-    @property
-    def name(self) -> str:
-        """The backend's name."""
-        return self.installed.name
-
-    @cached_property
-    def info(self) -> BackendInfo:
-        """What the backend says of itself."""
-        info: BackendInfo = self._hook.qcore_backend_info()
-        return info
-
-    @cached_property
-    def availability(self) -> Availability:
-        """Whether this machine can run it."""
-        availability: Availability = self._hook.qcore_probe()
-        return availability
-
-    def backend_config(self) -> BackendConfig:
-        """The patterns that its kernels accept on this machine."""
-        config: BackendConfig = self._hook.qcore_backend_config()
-        return config
-
-    def fusion_patterns(self) -> Sequence[FusionPattern]:
-        """Its rewrites."""
-        return self._hook.qcore_fusion_patterns() or ()
-
-    def observers(self) -> dict[type[ObserverBase], type[ObserverBase]]:
-        """Its implementations of observers."""
-        return dict(self._hook.qcore_observers() or {})
-
-    def default_qconfig_mapping(self, version: int = 0) -> QConfigMapping:
-        """Its default mapping, marked as its own."""
-        mapping: QConfigMapping = self._hook.qcore_default_qconfig_mapping(version=version)
-        mapping.backend = self.name
-        return mapping
-
-    def lower(self, reference: QGraphModule) -> nn.Module:
-        """A reference model on its kernels.
-
-        Raises:
-            LoweringError: the plugin failed, or returned no module.
-        """
-        try:
-            lowered = self._hook.qcore_lower(model=reference)
-        except Exception as error:
-            raise LoweringError(f"{_origin(self.installed)} failed to lower the model: {error}") from error
-        if lowered is None:
-            return reference
-        if not isinstance(lowered, nn.Module):
-            raise LoweringError(
-                f"{_origin(self.installed)}: qcore_lower returned {type(lowered).__name__}, not a torch.nn.Module"
-            )
-        return lowered
+#: What has been loaded.
+_loaded: dict[InstalledBackend, Backend] = {}
 
 
 def backend_names() -> list[str]:
     """The names of all installed backends that aren't disabled."""
-    disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
-    return [found.name for found in installed_backends() if found.name not in disabled]
+    return list(dict.fromkeys(found.name for found in _enabled()))
 
 
 def canonical_backend_name(name: str) -> str:
@@ -128,16 +36,9 @@ def canonical_backend_name(name: str) -> str:
 
     Raises:
         BackendNotFoundError: none does.
+        PluginError: several do.
     """
-    names = backend_names()
-    for found in installed_backends():
-        if found.name in names and name in (found.name, *found.aliases):
-            return found.name
-    listed = ", ".join(names) or "none"
-    raise BackendNotFoundError(
-        f"no backend {name!r} is installed; installed are: {listed}. Install it with: pip install "
-        f"qcore-{name.replace('_', '-')}"
-    )
+    return _claimant(name).name
 
 
 def get_backend(name: str) -> Backend:
@@ -148,9 +49,9 @@ def get_backend(name: str) -> Backend:
 
     Raises:
         BackendNotFoundError: no such backend is installed.
-        PluginError: its plugin can't be imported or registered.
+        PluginError: its plugin can't be imported or registered, or several distributions claim the name.
     """
-    return _load(canonical_backend_name(name))
+    return _load(_claimant(name))
 
 
 def get_available_backend(name: str) -> Backend:
@@ -161,45 +62,108 @@ def get_available_backend(name: str) -> Backend:
     """
     backend = get_backend(name)
     if not backend.availability.ok:
-        raise BackendUnavailableError(
-            f"backend {backend.name!r} can't run on this machine: {backend.availability.reason}"
-        )
+        reason = backend.availability.reason or "it doesn't say why"
+        raise BackendUnavailableError(f"backend {backend.name!r} can't run on this machine: {reason}")
     return backend
 
 
 def best_backend() -> Backend:
-    """The installed backend with the highest priority that this machine supports; the reference backend at least."""
+    """The installed backend with the highest priority that this machine supports; the reference backend at least.
+
+    What fails in any hook that is needed to prepare a model is left out, with a warning.
+    """
     usable = []
     for name in backend_names():
         try:
             backend = get_backend(name)
+            if backend.availability.ok:
+                usable.append(backend)
         except PluginError as error:
-            warnings.warn(f"left out in the choice of a backend: {error}", QcoreWarning, stacklevel=3)
-            continue
-        if backend.availability.ok:
-            usable.append(backend)
-    return max(usable, key=lambda backend: backend.info.priority)
+            _left_out(error)
+    for backend in sorted(usable, key=lambda backend: -backend.info.priority):
+        try:
+            backend.check()
+        except PluginError as error:
+            _left_out(error)
+        else:
+            return backend
+    raise AssertionError("the reference backend is always usable")
+
+
+def _left_out(error: PluginError) -> None:
+    warn_caller(f"left out in the choice of a backend: {error}", QcoreWarning)
+
+
+def _enabled() -> tuple[InstalledBackend, ...]:
+    return _without(os.environ.get(DISABLE_VARIABLE, ""), installed_backends())
 
 
 @cache
-def _load(name: str) -> Backend:
-    installed = next(found for found in installed_backends() if found.name == name)
+def _without(disabled: str, installed: tuple[InstalledBackend, ...]) -> tuple[InstalledBackend, ...]:
+    """What is left of ``installed``; kept, so that a wrong name is warned of once."""
+    gone: set[InstalledBackend] = set()
+    for name in filter(None, map(str.strip, disabled.split(","))):
+        named = _called(name, installed) or [b for b in installed if normalized(b.distribution) == normalized(name)]
+        if any(found.name == REFERENCE for found in named):
+            warn_caller(f"{DISABLE_VARIABLE}: {name!r} can't be disabled, it is the core's own", QcoreWarning)
+        elif not named:
+            known = [known for b in installed for known in (b.name, *b.aliases, b.distribution)]
+            question = did_you_mean(name, known) or f"installed are: {', '.join(known)}"
+            warn_caller(f"{DISABLE_VARIABLE}: no backend {name!r} is installed; {question}", QcoreWarning)
+        gone.update(named)
+    return tuple(found for found in installed if found not in gone or found.name == REFERENCE)
+
+
+def _called(name: str, backends: tuple[InstalledBackend, ...]) -> list[InstalledBackend]:
+    """The backends that a name stands for; a backend's own name goes before any alias."""
+    return [b for b in backends if b.name == name] or [b for b in backends if name in b.aliases]
+
+
+def _claimant(name: str) -> InstalledBackend:
+    """The one installed backend that ``name`` stands for."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"a backend is asked for by its name, found {name!r}")
+    called, enabled = _called(name, installed_backends()), _enabled()
+    found = [backend for backend in called if backend in enabled]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise _clash(name, found)
+    listed = f"installed are: {', '.join(backend_names())}"
+    if called:
+        raise BackendNotFoundError(f"backend {called[0]} is disabled by {DISABLE_VARIABLE}; {listed}")
+    foreign = "".join(
+        f"; {distribution} calls {backend!r} so, but only the distribution that brings a backend may"
+        for backend, distribution in foreign_aliases(name)
+    )
+    question = did_you_mean(name, [known for b in enabled for known in (b.name, *b.aliases)])
+    advice = question or f"install it with: pip install qcore-{name.replace('_', '-')}"
+    raise BackendNotFoundError(f"no backend {name!r} is installed; {listed}{foreign}; {advice}")
+
+
+def _clash(name: str, found: list[InstalledBackend]) -> PluginError:
+    claims = " and ".join(map(str, found))
+    if found[0].name == name:
+        cure = f"{DISABLE_VARIABLE}={found[-1].distribution}, or uninstall one of them"
+        return PluginError(f"two distributions bring a backend {name!r}: {claims}. Do without one: set {cure}", name)
+    cure = f"ask for one of them by its name, or set {DISABLE_VARIABLE}={found[-1].name}"
+    return PluginError(f"several backends answer to {name!r}: {claims}; {cure}", name)
+
+
+def _load(installed: InstalledBackend) -> Backend:
+    """The backend, loaded once. Without a lock: importing has its own, and the first who is done wins."""
+    found = _loaded.get(installed)
+    return _loaded.setdefault(installed, Backend(installed, _plugin(installed))) if found is None else found
+
+
+def _plugin(installed: InstalledBackend) -> ModuleType | Any:
+    module, _, attribute = installed.module.partition(":")
     try:
-        plugin = importlib.import_module(installed.module)
-    except Exception as error:
-        raise _plugin_error(
+        plugin = importlib.import_module(module)
+        return getattr(plugin, attribute) if attribute else plugin
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A plugin that calls sys.exit is broken as any other.
+        raise loading_error(
             installed, f"importing {installed.module} failed: {type(error).__name__}: {error}"
         ) from error
-    return Backend(installed, plugin)
-
-
-def _origin(installed: InstalledBackend) -> str:
-    return f"the plugin of backend {installed.name!r} ({installed.distribution} {installed.version})"
-
-
-def _plugin_error(installed: InstalledBackend, problem: str) -> PluginError:
-    return PluginError(
-        f"{_origin(installed)} can't be used: {problem}. Found: qcore {__version__}, torch {torch.__version__}. "
-        f"Reinstall it with: pip install --force-reinstall {installed.distribution}; or do without it: set "
-        f"{DISABLE_VARIABLE}={installed.name}"
-    )

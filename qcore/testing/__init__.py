@@ -8,5 +8,6 @@ class TestMyChip(BackendConformance):
 
 from qcore.testing.cases import CASES, EXTREME_CASES, Case
 from qcore.testing.conformance import BackendConformance, ask_by_name, steps_apart
+from qcore.testing.plugging import plugged_in
 
-__all__ = ["CASES", "EXTREME_CASES", "BackendConformance", "Case", "ask_by_name", "steps_apart"]
+__all__ = ["CASES", "EXTREME_CASES", "BackendConformance", "Case", "ask_by_name", "plugged_in", "steps_apart"]

@@ -1,7 +1,7 @@
 """Small models, each of one operator that a backend may have a kernel for, in all forms and awkward sizes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Case:
         is_extreme: whether inputs are only the smallest and the largest value.
         is_batched: whether inputs have a batch dimension; without, ``shapes`` are the whole shapes.
         unit: how large the inputs are.
+        core: makes the part of the model that is under test, if the rest is only there to give it integers.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     is_extreme: bool = field(default=False)
     is_batched: bool = field(default=True)
     unit: float = field(default=1.0)
+    core: Callable[[], nn.Module] | None = field(default=None)
 
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         """Random inputs for a batch of any size."""
@@ -73,6 +75,54 @@ class _After(nn.Module):
         return self.function(self.conv(x))
 
 
+class _Behind(nn.Module):
+    """A model twice, with weights of its own each time, on the same integers: what layers before it give.
+
+    Args:
+        build: makes the model.
+        case: the case that it is of.
+        views: let the integers be views: half of a larger tensor, with other strides than they would have.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], case: Case, views: bool) -> None:
+        super().__init__()
+        self.core, self.again = build(), build()
+        self.dim = int(case.is_batched)
+        self.views = views
+        self.before = nn.ModuleList(self.layer(shape) for shape in case.shapes)
+
+    def layer(self, shape: Shape) -> nn.Module:
+        """What gives integers for one input."""
+        channels, rank = shape[self.dim], len(shape) - self.dim
+        width = 2 * channels if self.views else channels
+        if rank == 1:
+            return nn.Linear(channels, width, bias=False)
+        layer: nn.Module = getattr(nn, f"Conv{rank - 1}d")(channels, width, 1, bias=False)
+        return layer
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        integers = []
+        for layer, x in zip(self.before, inputs, strict=True):
+            turned = self.views and x.dim() > self.dim + 2
+            y = layer(x.transpose(-1, -2) if turned else x)
+            if self.views:
+                y = y.chunk(2, self.dim)[1]
+            integers.append(y.transpose(-1, -2) if turned else y)
+        return self.core(*integers), self.again(*integers)
+
+
+def behind(case: Case, views: bool) -> Case:
+    """A case whose model reads integers that are read again after it: what one kernel did to them, the next one reads.
+
+    Args:
+        case: any.
+        views: whether the integers are views, as what only moves elements gives them.
+    """
+    build = case.core or case.build
+    name = f"{case.name}, on {'views of ' if views else ''}integers read twice"
+    return replace(case, name=name, build=lambda: _Behind(build, case, views), core=None)
+
+
 class _Residual(nn.Module):
     """A convolution with a residual, and whatever comes after."""
 
@@ -100,6 +150,17 @@ class _Shuffle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.first(x).chunk(2, 1)
         return torch.cat([a, self.conv(b)], 1)
+
+
+class _HalfClamped(nn.Module):
+    """A clamped result and another that share qparams, so that the clamp's bounds lie within the range of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.hardtanh(self.first(x), -0.2, 0.3), self.second(x)], 1)
 
 
 class _Functional(nn.Module):
@@ -156,6 +217,7 @@ _WEIGHTED = [
     Case("conv2d + batch norm + ReLU", _then(_conv(4, 6, 3), lambda: nn.BatchNorm2d(6), nn.ReLU), (_IMAGE,)),
     Case("conv2d + ReLU6", _then(_conv(4, 6, 3), nn.ReLU6), (_IMAGE,)),
     Case("conv2d + hardtanh", _then(_conv(4, 6, 3), lambda: nn.Hardtanh(-0.3, 0.2)), (_IMAGE,)),
+    Case("conv2d + clamp above zero", _then(_conv(4, 6, 3), lambda: nn.Hardtanh(0.1, 0.4)), (_IMAGE,)),
     Case("conv2d + hardswish", _then(_conv(4, 6, 3), nn.Hardswish), (_IMAGE,)),
     Case("conv2d + hardsigmoid", _then(_conv(4, 6, 3), nn.Hardsigmoid), (_IMAGE,)),
     Case("conv2d without bias + hardsigmoid", _then(_conv(4, 6, 3, bias=False), nn.Hardsigmoid), (_IMAGE,)),
@@ -174,6 +236,7 @@ _WEIGHTED = [
     Case("conv_transpose2d grouped", _transposed(8, 8, 2, stride=2, groups=2), ((2, 8, 5, 5),)),
     Case("conv_transpose2d depthwise", _transposed(8, 8, 3, groups=8), ((2, 8, 5, 5),)),
     Case("conv_transpose2d + ReLU", _then(_transposed(4, 6, 2, bias=False), nn.ReLU), (_IMAGE,)),
+    Case("conv_transpose2d 2x2 of 8 channels", _transposed(8, 8, 2, stride=2), ((2, 8, 5, 5),)),
     Case("conv_transpose1d", _transposed(4, 6, 3, n=1, stride=2), ((2, 4, 11),)),
     Case("linear", lambda: nn.Sequential(nn.Linear(7, 5)), ((2, 7),)),
     Case("linear 3d without bias", lambda: nn.Sequential(nn.Linear(16, 8, bias=False)), ((2, 3, 16),)),
@@ -181,6 +244,7 @@ _WEIGHTED = [
     Case("linear unbatched", lambda: nn.Sequential(nn.Linear(7, 5)), ((7,),), is_batched=False),
     Case("linear of tiny values", lambda: nn.Sequential(nn.Linear(7, 5, bias=False)), ((2, 7),), unit=_TINY),
     Case("linear + batch norm", lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), ((2, 8),)),
+    Case("linear + clamp below zero", lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(-0.4, -0.1)), ((2, 8),)),
     Case("linear + GELU", lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU()), ((2, 8),)),
     Case("linear + hardsigmoid", lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardsigmoid()), ((2, 8),)),
     Case("linear + leaky ReLU", lambda: nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.2)), ((2, 8),)),
@@ -197,6 +261,7 @@ _RESIDUAL = [
 _BINARY = [
     Case("add", lambda: _Two(torch.add), (_IMAGE, _IMAGE)),
     Case("add + ReLU", lambda: _Two(lambda x, y: F.relu(x + y)), (_IMAGE, _IMAGE)),
+    Case("add + clamp above zero", lambda: _Two(lambda x, y: (x + y).clamp(0.2, 1.0)), (_IMAGE, _IMAGE)),
     Case("add of vectors", lambda: _Two(torch.add), ((2, 9), (2, 9))),
     Case("add broadcast", lambda: _Two(torch.add), (_IMAGE, (2, 4, 1, 1))),
     Case("add of itself", lambda: _One(lambda x: x + x), (_IMAGE,)),
@@ -209,6 +274,7 @@ _BINARY = [
     Case("mul by a scale for each channel", lambda: _Two(torch.mul), ((2, 72, 3, 2), (2, 72, 1, 1))),
     Case("mul by a number", lambda: _One(lambda x: 0.3 * x), (_IMAGE,)),
     Case("cat with a convolution", _Shuffle, (_IMAGE,)),
+    Case("cat with a clamped convolution", _HalfClamped, (_IMAGE,)),
     Case("cat of different ranges", lambda: _After(lambda x: torch.cat([x, torch.sigmoid(x)], 1)), (_IMAGE,)),
 ]
 
@@ -263,7 +329,10 @@ CASES: tuple[Case, ...] = (
     *_WEIGHTED,
     *_RESIDUAL,
     *_BINARY,
-    *(Case(name, lambda f=function: _After(f), (_IMAGE,)) for name, function in _AFTER.items()),  # type: ignore[misc]
+    *(
+        Case(name, lambda f=function: _After(f), (_IMAGE,), core=lambda f=function: _One(f))  # type: ignore[misc]
+        for name, function in _AFTER.items()
+    ),
     *_ONE_AND_THREE_DIMENSIONS,
 )
 
@@ -301,6 +370,7 @@ EXTREME_CASES: tuple[Case, ...] = tuple(
         ("conv3d depthwise", _conv(8, 8, 3, n=3, padding=1, groups=8), ((2, 8, 4, 4, 4),)),
         ("linear", lambda: nn.Sequential(nn.Linear(64, 8)), ((2, 64),)),
         ("linear of 33 inputs", lambda: nn.Sequential(nn.Linear(33, 8)), ((2, 33),)),
+        ("linear of 140,000 inputs", lambda: nn.Sequential(nn.Linear(140_000, 4)), ((2, 140_000),)),
         ("conv2d + add", lambda: _Residual(lambda y, x: y), ((2, 8, 5, 5),)),
     )
 )
