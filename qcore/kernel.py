@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from qcore import ops
+from qcore.dtypes import same_dtype
 from qcore.errors import ShapeError
+from qcore.replay.callers import are_plain, is_watched, opaque, needing_gradient, watched, without_gradient
 from qcore.replay.executor import look_again
 
 #: Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
@@ -47,9 +50,9 @@ class QParams:
 
     def quantize(self, value: float) -> int:
         """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
-        scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
+        scale, zero_point = torch.tensor(self.scale, dtype=torch.float32), torch.tensor(self.zero_point)
         arguments = (scale, zero_point, self.quant_min, self.quant_max, torch.int32)
-        return int(ops.quantize_per_tensor(torch.tensor(value), *arguments))
+        return int(ops.quantize_per_tensor(torch.tensor(value, dtype=torch.float32), *arguments))
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,12 @@ class KernelModule(nn.Module):
         replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
             at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
             that can't promise this says ``replayable = False``, and its whole model runs from Python.
+        takes_float: that its inputs are float32. They are cast to it where that loses nothing, and refused otherwise.
         state_token: another object whenever the state has changed.
     """
 
     replayable = True
+    takes_float = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +108,19 @@ class KernelModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the packed function gives."""
+        if is_dynamo_compiling():
+            from qcore.replay.apart import apart
+
+            return apart(self.forward, *inputs)  # type: ignore[no-any-return]
+        if is_watched() or not are_plain(inputs):
+            return watched(self, self.run, inputs, {})  # type: ignore[no-any-return]
+        return self.run(*inputs)
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        """What the packed function gives, on plain tensors with data."""
         run: Callable[..., Tensor] = self._packed or self.packed()
-        return run(*inputs)
+        result = run(*map(ops.as_float32, inputs)) if self.takes_float else run(*inputs)
+        return without_gradient(result, needing_gradient(*inputs)) if torch.is_grad_enabled() else result
 
     def packed(self) -> Any:
         """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""
@@ -112,6 +128,9 @@ class KernelModule(nn.Module):
             with PACKING:
                 self._packed = self.pack()
         return self._packed
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise opaque("torch.jit.script")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
@@ -122,7 +141,13 @@ class KernelModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Scales in half precision would be other scales.
+        return super()._apply(same_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":  # Models that have recordings hear of it.
+            self.unpack()
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; and models that have recordings hear of it."""

@@ -90,9 +90,12 @@ class Preparer:
             preserved = self.preserved
             for name in preserved:
                 setattr(graph, name, copy.deepcopy(getattr(part.module, name)))
+        names = part.signature.tensor_names
         preparation = Preparation(
-            "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path
-        )
+            "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path,
+            owner=type(part.module).__name__,
+            inputs=tuple((name, example.dtype) for name, example in zip(names, part.examples, strict=True)),
+        )  # fmt: skip
         return graph.with_preparation(preparation)
 
 

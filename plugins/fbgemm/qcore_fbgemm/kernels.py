@@ -66,6 +66,7 @@ class Quantize(KernelModule):
     """
 
     kernel_name = "quantize"
+    takes_float = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
@@ -291,6 +292,7 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "FBGEMM linear, range at run time"
+    takes_float = True
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""

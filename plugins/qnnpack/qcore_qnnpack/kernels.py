@@ -67,6 +67,7 @@ class Quantize(KernelModule):
     """
 
     kernel_name = "quantize"
+    takes_float = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
@@ -260,6 +261,7 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "QNNPACK linear, range at run time"
+    takes_float = True
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
