@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from qcore import ops
 from qcore.dtypes import same_dtype
 from qcore.errors import ShapeError
-from qcore.replay.callers import are_plain, is_watched, opaque, needing_gradient, watched, without_gradient
+from qcore.replay.callers import are_plain, is_watched, needing_gradient, opaque, watched, without_gradient
 from qcore.replay.executor import look_again
 
 #: Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.

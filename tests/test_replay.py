@@ -3,7 +3,6 @@
 import copy
 import inspect
 import io
-import logging
 import os
 import platform
 import subprocess
@@ -409,7 +408,7 @@ def test_a_recording_that_holds_for_one_input_only_is_not_used() -> None:
 
     module = fx.GraphModule(nn.Module(), fx.Graph())
     executor = Executor(module, lambda _, x: Last()(x))
-    executor.is_replayable, executor.generation = True, None
+    executor.is_replayable, executor.generation = True, -1
     for value in (1, 1, 1, 3, 5):
         x = torch.tensor([2, value], dtype=torch.uint8)
         assert executor(x).tolist() == [2 * value, value * value]

@@ -32,11 +32,8 @@ def wrap_calls(module: "QGraphModule") -> None:
     forward = type(module).forward
     if forward is vars(module).get("_wrapped"):
         return
-    if module.preparation.stage == "converted":
-        made = _converted(module, forward)
-    else:
-        made = _in_float(module, forward)
-    type(module).forward = vars(module)["_wrapped"] = made  # type: ignore[method-assign]
+    wrap = _converted if module.preparation.stage == "converted" else _in_float
+    type(module).forward = vars(module)["_wrapped"] = wrap(module, forward)
 
 
 def call_of_raw() -> Callable[..., Any]:
@@ -149,7 +146,9 @@ def _explain(
             continue
         else:
             wanted = f"the model was prepared with {wanted}"
-        raise GuardError(f"argument {name} of {module.preparation.owner}: {found}; {wanted}. It failed with: {error}") from error
+        raise GuardError(
+            f"argument {name} of {module.preparation.owner}: {found}; {wanted}. It failed with: {error}"
+        ) from error
     if torch.device("meta") in devices:
         raise NotSupportedError(
             f"{module.preparation.owner} is on the meta device, so it has no data to compute with. Give it some: "

@@ -226,7 +226,9 @@ class _Conversion:
         low, high = self.plan.tensors[number].quant_min, self.plan.tensors[number].quant_max
         if value == 0:  # As most bounds are; it needs no tensor.
             return min(max(int(zero_point), low), high)
-        return int(ops.quantize_per_tensor(torch.tensor(value, dtype=torch.float32), scale, zero_point, low, high, torch.int32))
+        return int(
+            ops.quantize_per_tensor(torch.tensor(value, dtype=torch.float32), scale, zero_point, low, high, torch.int32)
+        )
 
     def quantize_weights(self) -> None:
         """Let every planned operator read integers; a weight that several operators read alike is stored once."""

@@ -29,9 +29,7 @@ def straight_through(module: QGraphModule) -> Callable[..., Any]:
             continue
         value, scale, zero_point, low, high, _ = node.args[0].args
         with graph.inserting_after(node):
-            passed = new_node(
-                graph, "call_function", ops.straight_through, (node, value, scale, zero_point, low, high)
-            )
+            passed = new_node(graph, "call_function", ops.straight_through, (node, value, scale, zero_point, low, high))
         node.replace_all_uses_with(passed, delete_user_cb=lambda user, passed=passed: user is not passed)
     return _forward(module, graph)
 

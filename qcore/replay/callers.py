@@ -111,7 +111,8 @@ def _transformed(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         results, form = tree_flatten(run(*given_args, **given_kwargs))
         return tuple(results)
 
-    return tree_unflatten(_OnPlainTensors.apply(flat, *[leaves[place] for place in places]), form)
+    results = _OnPlainTensors.apply(flat, *[leaves[place] for place in places])  # type: ignore[no-untyped-call]
+    return tree_unflatten(results, form)
 
 
 def _no_gradient() -> NotSupportedError:
@@ -126,30 +127,29 @@ class _OnPlainTensors(torch.autograd.Function):
     """Calls a function of tensors that no transform of ``torch.func`` follows."""
 
     @staticmethod
-    def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
         return run(*tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], run: Any, *tensors: Tensor) -> Any:  # noqa: D102
+    def vmap(info: Any, in_dims: Sequence[int | None], run: Any, *tensors: Tensor) -> Any:
         rows = [
-            _OnPlainTensors.apply(
-                run, *[x if dim is None else x.select(dim, row) for x, dim in zip(tensors, in_dims[1:], strict=True)]
-            )
+            [x if dim is None else x.select(dim, row) for x, dim in zip(tensors, in_dims[1:], strict=True)]
             for row in range(info.batch_size)
         ]
-        results = tuple(map(torch.stack, zip(*rows, strict=True)))
+        made = [_OnPlainTensors.apply(run, *row) for row in rows]  # type: ignore[no-untyped-call]
+        results = tuple(map(torch.stack, zip(*made, strict=True)))
         return results, (0,) * len(results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise _no_gradient()
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:  # noqa: D102
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
         raise _no_gradient()
 
 
@@ -157,11 +157,11 @@ class _NoGradient(torch.autograd.Function):
     """A copy of a tensor through which no gradient comes."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, needing: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, result: Tensor, needing: Tensor) -> Tensor:
         return result.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise _no_gradient()
 
 
@@ -174,4 +174,4 @@ def without_gradient(result: Any, needing: Tensor | None) -> Any:
     """A kernel's result, of which ``backward()`` raises an error if a tensor that it is made of needs a gradient."""
     if needing is None or not result.is_floating_point() or result.requires_grad:
         return result  # Integers hand the error on to what is made of them.
-    return _NoGradient.apply(result, needing)
+    return _NoGradient.apply(result, needing)  # type: ignore[no-untyped-call]

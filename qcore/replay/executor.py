@@ -39,15 +39,15 @@ _READ_DATA = frozenset(("tolist", "numpy", "data_ptr", "untyped_storage", "stora
 #: What :meth:`Executor.replay` gives where there is nothing to replay.
 NOTHING = object()
 
-#: Another object whenever the state of some kernel changed. (Two threads that count up may count one for both.)
-_generation = object()
+_generation = 0
 #: Threads that run models as they are written. (A set: to ask for an attribute of a thread takes ten times as long.)
 _as_written: set[int] = set()
+
 
 def look_again() -> None:
     """The state of some kernel changed; whatever has recordings asks its own kernels whether it was theirs."""
     global _generation
-    _generation = object()
+    _generation += 1
 
 
 @contextmanager
@@ -99,7 +99,7 @@ class Executor:
         self.forward = forward
         self.refusing = refusing or (lambda: forward)
         self.forward_with_gradients: Callable[..., Any] | None = None
-        self.generation: object = None
+        self.generation = -1
         self.is_replayable = False
         self.training = module.training
         self.programs: dict[Any, _Program | None] = {}
@@ -157,8 +157,8 @@ class Executor:
     def look(self) -> None:
         """Drop the recordings if the module isn't what it was."""
         generation = _generation
-        if generation is not self.generation:
-            if self.generation is None or any(kernel.state_token is not token for kernel, token in self.kernels):
+        if generation != self.generation:
+            if self.generation < 0 or any(kernel.state_token is not token for kernel, token in self.kernels):
                 self.start_anew()
             self.is_kernel_hooked = any(self.kernel_hooks)
             self.generation = generation
