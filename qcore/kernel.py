@@ -81,7 +81,8 @@ class KernelModule(nn.Module):
         replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
             at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
             that can't promise this says ``replayable = False``, and its whole model runs from Python.
-        takes_float: that its inputs are float32. They are cast to it where that loses nothing, and refused otherwise.
+        takes_float: that it rounds inputs of float32. They are cast to it where that loses nothing, and refused
+            otherwise; and a gradient through the kernel is an error.
         state_token: another object whenever the state has changed.
     """
 
@@ -119,8 +120,12 @@ class KernelModule(nn.Module):
     def run(self, *inputs: Tensor) -> Tensor:
         """What the packed function gives, on plain tensors with data."""
         run: Callable[..., Tensor] = self._packed or self.packed()
-        result = run(*map(ops.as_float32, inputs)) if self.takes_float else run(*inputs)
-        return without_gradient(result, needing_gradient(*inputs)) if torch.is_grad_enabled() else result
+        if not self.takes_float:
+            return run(*inputs)
+        needing = needing_gradient(*inputs) if torch.is_grad_enabled() else None
+        with torch.no_grad():
+            result = run(*map(ops.as_float32, inputs))
+        return without_gradient(result, needing)
 
     def packed(self) -> Any:
         """What ``pack`` gave, made once; no two kernels of a process are packed at the same time."""

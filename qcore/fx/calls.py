@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from qcore import ops
 from qcore.errors import DtypeError, GuardError, NotSupportedError, QcoreError
@@ -104,7 +104,8 @@ def _in_float(module: "QGraphModule", forward: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(forward)
     def checked(self: "QGraphModule", *args: Any, **kwargs: Any) -> Any:
-        run = straight if torch.is_grad_enabled() or ops.in_forward_mode() else forward
+        has_derivatives = (torch.is_grad_enabled() or ops.in_forward_mode()) and not is_exporting()
+        run = straight if has_derivatives else forward
         if is_dynamo_compiling():
             return run(self, *args, **kwargs)
         try:

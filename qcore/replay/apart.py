@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 _REASON = (
-    "a model that qcore converted runs on its backend's kernels, which can't be compiled. Without fullgraph=True the rest "
-    "is compiled around it; to compile or export the whole, take the reference model: "
+    "a model that qcore converted runs on its backend's kernels, which can't be compiled. Without fullgraph=True the "
+    "rest is compiled around it; to compile or export the whole, take the reference model: "
     "qcore.convert_to_reference_fx(prepared)"
 )
 

@@ -170,8 +170,9 @@ def needing_gradient(*values: Any) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor) and value.requires_grad), None)
 
 
-def without_gradient(result: Any, needing: Tensor | None) -> Any:
+def without_gradient(result: Tensor, needing: Tensor | None) -> Tensor:
     """A kernel's result, of which ``backward()`` raises an error if a tensor that it is made of needs a gradient."""
     if needing is None or not result.is_floating_point() or result.requires_grad:
         return result  # Integers hand the error on to what is made of them.
-    return _NoGradient.apply(result, needing)  # type: ignore[no-untyped-call]
+    made: Tensor = _NoGradient.apply(result, needing)  # type: ignore[no-untyped-call]
+    return made
