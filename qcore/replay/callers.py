@@ -31,8 +31,8 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def are_plain(values: Iterable[Any]) -> bool:
-    """Whether all are tensors of torch's own classes."""
-    return _PLAIN.issuperset(map(type, values))
+    """Whether the tensors among them are of torch's own classes."""
+    return all(type(value) in _PLAIN or not isinstance(value, Tensor) for value in values)
 
 
 def is_watched() -> bool:
