@@ -5,9 +5,11 @@ qcore computes on plain ``uint8``/``int8``/``int32`` tensors. Existing code says
 and are read by their name, so that this file still imports when torch has deleted them.
 """
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
+from torch import Tensor
 
 from qcore.errors import ConfigError
 
@@ -88,3 +90,13 @@ def dtype_range(dtype: torch.dtype) -> tuple[int, int]:
 def dtype_name(dtype: torch.dtype | None) -> str:
     """``dtype`` as a reader wants it: ``uint8`` rather than ``torch.uint8``."""
     return "any" if dtype is None else _SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def same_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``nn.Module`` applies to its tensors (to another device, another dtype), without the change of dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = move(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return moved

@@ -10,7 +10,8 @@
     │   ├── TraceError                    the model can't be traced; names the submodule and the source line
     │   ├── NothingToQuantizeError        no operator of the model can be quantized as asked
     │   ├── GuardError                    a call in another form than the one that was traced
-    │   └── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
+    │   ├── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
+    │   └── DtypeError (TypeError)        a tensor of another dtype than a quantize takes
     ├── CalibrationError                  an observer that saw no data
     └── BackendError
         ├── BackendNotFoundError          no installed plugin has that name
@@ -115,6 +116,10 @@ class GuardError(ModelError):
 
 class ShapeError(ModelError, RuntimeError):
     """A kernel is given a tensor of another rank, or with another number of channels, than its weight is for."""
+
+
+class DtypeError(ModelError, TypeError):
+    """A quantize is given a tensor that isn't float32, and that can't be cast to it without loss."""
 
 
 class CalibrationError(QcoreError):

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from qcore import ops
+from qcore.dtypes import same_dtype
 from qcore.errors import ShapeError
+from qcore.replay.callers import are_plain, is_watched, needing_gradient, opaque, watched, without_gradient
 from qcore.replay.executor import look_again
 from qcore.sums import check_sums
 
@@ -149,10 +152,13 @@ class KernelModule(nn.Module):
         replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
             at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
             that can't promise this says ``replayable = False``, and its whole model runs from Python.
+        takes_float: that it rounds inputs of float32. They are cast to it where that loses nothing, and refused
+            otherwise; and a gradient through the kernel is an error.
         state_counter: its version rises whenever the state changes; the kernels of a model have one.
     """
 
     replayable = True
+    takes_float = False
     state_counter: Tensor
 
     def __init__(self) -> None:
@@ -191,11 +197,26 @@ class KernelModule(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         """What the packed function gives."""
+        if is_dynamo_compiling():
+            from qcore.replay.apart import apart
+
+            return apart(self.forward, *inputs)  # type: ignore[no-any-return]
+        if is_watched() or not are_plain(inputs):
+            return watched(self, self.run, inputs, {})  # type: ignore[no-any-return]
+        return self.run(*inputs)
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        """What the packed function gives, on plain tensors with data."""
         version, run = self._packed
         if version != self.state_counter._version:
             run = self.packed()
-        found: Tensor = run(*inputs)
-        return found
+        if not self.takes_float:
+            found: Tensor = run(*inputs)
+            return found
+        needing = needing_gradient(*inputs) if torch.is_grad_enabled() else None
+        with torch.no_grad():
+            result = run(*map(ops.as_float32, inputs))
+        return without_gradient(result, needing)
 
     def packed(self) -> Any:
         """What ``pack`` gave, made once for a state; no two kernels of a process are packed at the same time."""
@@ -215,6 +236,9 @@ class KernelModule(nn.Module):
         self._packed = (-1, None)
         increment_version(self.state_counter)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise opaque("torch.jit.script")
+
     def __getstate__(self) -> dict[str, Any]:
         buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
         return {**self.__dict__, "_packed": (-1, None), "_buffers": buffers}
@@ -227,11 +251,17 @@ class KernelModule(nn.Module):
         if isinstance(value, nn.Parameter) and name in self.__dict__.get("_buffers", ()):
             value = value.detach()  # Else torch would make a Parameter of the buffer.
         super().__setattr__(name, value)
+        if name == "forward":  # Models that have recordings hear of it.
+            self.unpack()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         for name, value in list(self._buffers.items()):  # Torch can be told to swap tensors rather than to copy.
             self._buffers[name] = value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Scales in half precision would be other scales.
+        return super()._apply(same_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; and models that have recordings hear of it."""

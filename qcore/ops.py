@@ -1,7 +1,8 @@
 """quantize and dequantize on plain integer tensors, as torch.library operators of the namespace ``qcore``.
 
 They define what a reference model computes: ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``, ties to
-even, and ``x = (q - zero_point) * scale``. NaN becomes the zero point, an infinity the end on its side. Importing this
+even, and ``x = (q - zero_point) * scale``. NaN becomes the zero point, an infinity the end on its side. ``x`` is
+float32; float16 and bfloat16 are cast to it, which is exact, and other dtypes refused. Importing this
 module registers them; they run on any device, under ``torch.export`` and with fake tensors. Scale (float32) and zero
 point (int64) are tensors, so that a state_dict holds them: 0-d, or one entry for each channel.
 """
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from qcore.errors import DtypeError
 
 _library = torch.library.Library("qcore", "DEF")
 
@@ -26,7 +30,23 @@ _library.define("dynamic_quantize_dequantize(Tensor input, int quant_min, int qu
 _library.define("dequantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis) -> Tensor")
 
 
+def as_float32(input: Tensor) -> Tensor:
+    """What a quantize takes: float32, to which float16 and bfloat16 are cast, as nothing is lost by it.
+
+    Raises:
+        DtypeError: it is of another dtype.
+    """
+    if input.dtype is torch.float32:
+        return input
+    if input.dtype in (torch.float16, torch.bfloat16):
+        return input.to(torch.float32)
+    raise DtypeError(
+        f"quantize takes float32 (and float16 and bfloat16, which it casts), found {input.dtype}; cast it: x.float()"
+    )
+
+
 def _quantize(input: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    input = as_float32(input)
     # A multiplication by the reciprocal, as torch's quantize_per_tensor computes it.
     steps = (input * (1.0 / scale)).round_().nan_to_num_(0.0).add_(zero_point).clamp_(low, high)
     if dtype == torch.int32:  # The nearest that float32 comes to its largest is one more.
@@ -71,7 +91,39 @@ def dynamic_qparams(input: Tensor, quant_min: int, quant_max: int) -> tuple[Tens
     return scale, (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max).to(torch.int64)
 
 
+def straight_through(
+    result: Tensor, input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """A quantized and dequantized tensor whose gradient is that of the tensor before, where that wasn't cut off.
+
+    Args:
+        result: after it.
+        input: before it.
+        scale: as in ``quantize_per_tensor``.
+        zero_point: likewise.
+        quant_min: likewise.
+        quant_max: likewise.
+    """
+    if not isinstance(input, Tensor):  # A tracer's proxy is none.
+        return result
+    if not input.requires_grad and not in_forward_mode():
+        return result
+    kept = torch.where(_is_inside(input, scale, zero_point, quant_min, quant_max), input, 0.0)
+    return result + (kept - kept.detach())
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are computed forward, as by ``torch.func.jvp``."""
+    return forward_ad._current_level >= 0
+
+
+def _is_inside(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    steps = torch.round(input.detach() * (1.0 / scale)) + zero_point
+    return (quant_min <= steps) & (steps <= quant_max)
+
+
 def _dynamic(input: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    input = as_float32(input)
     scale, zero_point = dynamic_qparams(input, quant_min, quant_max)
     return _dequantize(_quantize(input, scale, zero_point, quant_min, quant_max, torch.int32), scale, zero_point)
 
@@ -93,6 +145,22 @@ for _name, _function, _fake in (
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     _library.impl(_name, _fake, "Meta")  # Fake tensors use it, too; register_fake would read this file to find itself.
+
+
+def _keep_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, *ctx.bounds = inputs
+    ctx.save_for_backward(input)
+
+
+def _dynamic_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    (input,) = ctx.saved_tensors
+    qparams = dynamic_qparams(as_float32(input), *ctx.bounds)
+    return torch.where(_is_inside(input, *qparams, *ctx.bounds), gradient, 0.0).to(input.dtype), None, None
+
+
+torch.library.register_autograd(
+    "qcore::dynamic_quantize_dequantize", _dynamic_backward, setup_context=_keep_input, lib=_library
+)
 
 quantize_per_tensor = torch.ops.qcore.quantize_per_tensor.default
 dequantize_per_tensor = torch.ops.qcore.dequantize_per_tensor.default

@@ -195,8 +195,9 @@ def convert_to_reference_fx(
 ) -> nn.Module:
     """Turn a calibrated model into a reference model: float operators between quantize and dequantize.
 
-    It runs on every machine, exports, and defines what the backends' kernels must compute. Arguments and errors are
-    those of :func:`convert_fx`.
+    It runs on every machine, exports, and defines what the backends' kernels must compute. Gradients are straight
+    through each rounding. Compiled, it rounds as the compiler's float operators do, which may move a value to the next
+    step. Arguments and errors are those of :func:`convert_fx`.
     """
     with garbage_left_alone():
         references, memo = _references(

@@ -3,12 +3,12 @@
 import copy
 import inspect
 import io
-import logging
 import os
 import platform
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from qcore.errors import NotSupportedError
 from qcore.kernel import KernelModule
 from qcore.replay import executor as executor_module
 from qcore.replay import torchscript
@@ -540,9 +542,10 @@ def test_whoever_watches_operators_sees_them(scaled: tuple[Executor, Scale]) -> 
     assert counter.get_total_flops() > 0
     with torch.autocast("cpu", torch.bfloat16):
         assert executor(x).dtype == torch.bfloat16
-    assert torch.equal(torch.func.vmap(lambda row: executor(row[None])[0])(x), executor(x))
-    executor.module.requires_grad_(False)
-    assert torch.equal(torch.jit.trace(lambda y: executor(y), x)(x), executor(x))
+    rows = torch.func.vmap(lambda row: executor(row[None])[0])(x)
+    assert torch.equal(rows, torch.cat([executor(row[None]) for row in x]))
+    with pytest.raises(NotSupportedError, match=r"torch\.jit\.trace can't look into"):
+        torch.jit.trace(lambda y: executor(y), x)
 
 
 @torch.no_grad()
@@ -774,28 +777,147 @@ def test_a_replayed_model_is_a_module_like_any_other(converted: tuple[nn.Module,
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning")
+@pytest.mark.parametrize("how", ["attribute", "method", "class", "of the dictionary"])
+def test_a_patched_forward_is_heard_at_once(converted: tuple[nn.Module, Tensor, Tensor], how: str) -> None:
+    model, x, result = converted
+    before = model.forward
+
+    def patched(self: nn.Module, x: Tensor) -> Tensor:
+        return before(x) + 1  # type: ignore[no-any-return]
+
+    kind = type(model)
+    if how == "attribute":
+        model.forward = lambda x: patched(model, x)
+    elif how == "method":
+        model.forward = types.MethodType(patched, model)
+    elif how == "class":
+        original, kind.forward = kind.forward, patched
+    else:
+        vars(model)["forward"] = types.MethodType(patched, model)
+    for _ in range(4):
+        assert torch.equal(model(x), result + 1)
+    if how == "class":
+        kind.forward = original
+    else:
+        del model.forward
+    for _ in range(3):
+        assert torch.equal(model(x), result)
+
+
+@torch.no_grad()
+def test_a_patched_forward_of_a_kernel_is_heard_at_once(converted: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, result = converted
+    kernels = [module for module in model.modules() if isinstance(module, KernelModule)]
+    calls: list[nn.Module] = []
+    for kernel in kernels:
+        before = kernel.forward
+
+        def patched(*inputs: Tensor, kernel: nn.Module = kernel, before: Any = before) -> Any:
+            calls.append(kernel)
+            return before(*inputs)
+
+        kernel.forward = patched
+        for number in range(1, 4):
+            assert torch.equal(model(x), result)
+            assert calls.count(kernel) == number
+    for kernel in kernels:
+        del kernel.forward
+    calls.clear()
+    for _ in range(3):
+        assert torch.equal(model(x), result)
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_wrapper_around_the_call_of_any_module_sees_all_of_them(
+    converted: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, result = converted
+    seen: list[nn.Module] = []
+    call = nn.Module.__call__
+
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return call(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "__call__", wrapper)
+        for _ in range(3):
+            seen.clear()
+            assert torch.equal(model(x), result)
+            assert set(seen) >= {model, *(module for module in model.modules() if isinstance(module, KernelModule))}
+    seen.clear()
+    assert torch.equal(model(x), result) and not seen
+
+
+@torch.no_grad()
+def test_a_float_module_that_is_pruned_or_parametrized_counts_at_once(scaled: tuple[Executor, Scale]) -> None:
+    without_effect(*scaled)
+    executor, _ = scaled
+    linear = executor.module.get_submodule("1")
+    x = torch.randn(2, 3)
+    prune.l1_unstructured(linear, "weight", amount=4)
+    for _ in range(4):
+        assert torch.allclose(executor(x), F.linear(2 * x, linear.weight_orig * linear.weight_mask, linear.bias))
+    prune.remove(linear, "weight")
+    parametrize.register_parametrization(linear, "weight", nn.ReLU())
+    weight = linear.parametrizations.weight.original
+    for _ in range(4):
+        assert torch.allclose(executor(x), F.linear(2 * x, weight.relu(), linear.bias))
+    weight.neg_()
+    assert torch.allclose(executor(x), F.linear(2 * x, weight.relu(), linear.bias))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first_calls", [0, 1, 2])
+def test_what_is_loaded_while_another_thread_calls_counts_from_then_on(first_calls: int) -> None:
+    """Whatever that thread was doing: packing, recording or replaying."""
+    for seed in range(5):
+        model, x = never_called()
+        torch.manual_seed(seed)
+        state = {
+            name: value.flip(0) if value.dim() and not value.is_floating_point() else value
+            for name, value in model.state_dict().items()
+        }
+        wanted = copy.deepcopy(model)
+        wanted.load_state_dict(state)
+        result = wanted(x)
+        assert not torch.equal(result, copy.deepcopy(model)(x))
+        for _ in range(first_calls):
+            model(x)
+        is_over = threading.Event()
+
+        def call(model: nn.Module = model, x: Tensor = x, is_over: threading.Event = is_over) -> None:
+            while not is_over.is_set():
+                with torch.no_grad():
+                    model(x)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        model.load_state_dict(state)
+        assert all(torch.equal(model(x), result) for _ in range(4))
+        is_over.set()
+        thread.join()
+        assert all(torch.equal(model(x), result) for _ in range(4))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("is_called_before", [True, False])
-def test_a_compiled_model_runs_what_was_compiled(is_called_before: bool) -> None:
-    """Also one that has no code yet, as it was never called."""
+def test_a_functional_call_has_the_weights_that_it_is_given_and_the_next_call_its_own(is_called_before: bool) -> None:
     model, x = never_called()
-    result = copy.deepcopy(model)(x)
+    state = model.state_dict()
+    weight = next(name for name, value in state.items() if value.dtype == torch.int8 and value.dim() > 1)
+    given = {weight: state[weight].flip(0)}
+    other = copy.deepcopy(model)
+    other.load_state_dict({**state, **given})
+    result, wanted = copy.deepcopy(model)(x), other(x)
+    assert not torch.equal(result, wanted)
     for _ in range(3 * is_called_before):
         model(x)
-    runs: list[int] = []
-
-    def backend(graph: fx.GraphModule, example: Any) -> Any:
-        return lambda *args: runs.append(1) or graph.forward(*args)
-
-    torch._logging.set_logs(dynamo=logging.CRITICAL)  # Of quantized tensors it says that it can't take them.
-    try:
-        model.compile(backend=backend)
-        for _ in range(4):
-            before = len(runs)
-            assert torch.equal(model(x), result) and len(runs) > before
-    finally:
-        torch._logging.set_logs()
-        torch._dynamo.reset()
+    for _ in range(3):
+        assert torch.equal(torch.func.functional_call(model, given, x), wanted)
+        for _ in range(3):
+            assert torch.equal(model(x), result)
 
 
 def test_each_thread_runs_models_as_it_wants(scaled: tuple[Executor, Scale]) -> None:

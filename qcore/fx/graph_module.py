@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling
 
 from qcore.backend_config import BackendConfig
-from qcore.errors import GuardError
+from qcore.dtypes import same_dtype
+from qcore.errors import GuardError, NotSupportedError
 from qcore.fx.nodes import copied_graph
 from qcore.quantization_plan import PythonModule, QuantizationPlan
 
@@ -30,6 +32,8 @@ class Preparation:
         is_custom_config: whether the user gave that config; then there is no lowering but the reference's.
         preserved: names of attributes of the float model that the user wanted kept.
         path: of the module in the user's model that this is a part of; ``""`` is the whole model.
+        owner: the name of that module's class.
+        inputs: the name and the dtype of each tensor that the graph takes, in order.
     """
 
     stage: str
@@ -39,6 +43,8 @@ class Preparation:
     is_custom_config: bool = False
     preserved: tuple[str, ...] = ()
     path: str = ""
+    owner: str = "the model"
+    inputs: tuple[tuple[str, torch.dtype], ...] = ()
 
     def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
         """The same, at another stage."""
@@ -69,7 +75,7 @@ PARTIAL = "_qcore_partial"
 REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 #: Attributes that a converted module gets, beside those that every QGraphModule has from the start.
-LATER_ATTRIBUTES = ("_executor", "_replayed", "_call", "_in_spec", "_out_spec")
+LATER_ATTRIBUTES = ("_executor", "_wrapped", "_call_of_raw", "_in_spec", "_out_spec")
 
 
 class QGraphModule(fx.GraphModule):
@@ -86,7 +92,7 @@ class QGraphModule(fx.GraphModule):
     def with_preparation(self, preparation: Preparation) -> "QGraphModule":
         """Set what qcore knows, and return the module itself."""
         self.meta["qcore"] = preparation
-        self.replay_calls()
+        self.wrap_calls()
         return self
 
     @property
@@ -95,36 +101,30 @@ class QGraphModule(fx.GraphModule):
         executor = vars(self).get("_executor")
         return 0 if executor is None else int(executor.replayed_forms)
 
-    def replay_calls(self) -> None:
-        """Let a converted module run without Python between its operators, wherever that gives the same."""
-        preparation = vars(self).get("meta", {}).get("qcore")
-        if preparation is None or preparation.stage != "converted" or vars(self).get("_is_raw"):
+    def wrap_calls(self) -> None:
+        """Put around calls what belongs to the stage of a module that a verb returns; see :mod:`qcore.fx.calls`."""
+        if vars(self).get("meta", {}).get("qcore") is None:
             return
-        forward = type(self).forward
-        if forward is vars(self).get("_replayed"):
-            return
-        from qcore.replay.executor import NOTHING, Executor  # Here, as whoever converts nothing needn't wait for it.
+        from qcore.fx.calls import call_of_raw, wrap_calls  # They work on this class.
 
-        # The class is kept until Python looks for cycles, so it must hold no tensors, and thus no executor.
-        vars(self)["_executor"] = Executor(self, forward)
-        call = vars(self)["_call"] = type(self).__call__
+        if vars(self).get("_is_raw"):
+            type(self).__call__ = vars(self)["_call_of_raw"] = call_of_raw()  # type: ignore[method-assign]
+        else:
+            wrap_calls(self)
 
-        @functools.wraps(forward)  # Whoever asks for the signature, or traces the code, finds that.
-        def replayed(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__["_executor"](*args, **kwargs)
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotSupportedError(
+            "torch.jit.script reads source code, of which a graph has none. Take torch.export, or torch.jit.trace, and "
+            "the reference model: qcore.convert_to_reference_fx(prepared)"
+        )
 
-        def called(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
-            # The way through torch's own call takes as long as all that is looked at before a replay.
-            found = self.__dict__["_executor"].replay(args, kwargs)
-            return call(self, *args, **kwargs) if found is NOTHING else found
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """As any module's, such as for ``to``; but what a verb returned keeps the dtypes that it was prepared with.
 
-        type(self).forward = vars(self)["_replayed"] = replayed
-        type(self).__call__ = called  # type: ignore[method-assign]
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As any module's; calls then take torch's own way, which leads to what was compiled."""
-        super().compile(*args, **kwargs)
-        type(self).__call__ = vars(self).get("_call", type(self).__call__)  # type: ignore[method-assign]
+        Scales in half precision would be other scales, and the graph was made for values of these dtypes.
+        """
+        is_made = vars(self).get("meta", {}).get("qcore") is not None
+        return super()._apply(same_dtype(fn) if is_made else fn, recurse)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
@@ -167,8 +167,10 @@ class QGraphModule(fx.GraphModule):
         if vars(self).get("_is_raw"):
             type(self).forward = _ForwardWhenAsked(self)  # type: ignore[assignment]
             return None
+        if vars(self).pop("_call_of_raw", None) is not None:
+            del type(self).__call__
         code = super().recompile()
-        self.replay_calls()
+        self.wrap_calls()
         return code
 
     def finish(self) -> None:
@@ -194,7 +196,7 @@ class QGraphModule(fx.GraphModule):
         """A module with a copy of the graph, and none of the attributes."""
         result = QGraphModule.of(nn.Module(), copied_graph(self.graph), is_raw=vars(self).get("_is_raw", False))
         result.meta.update(self.meta)
-        result.replay_calls()
+        result.wrap_calls()
         return result
 
     def _state(self) -> dict[str, Any]:
@@ -224,6 +226,10 @@ class FloatFallback(nn.Module):
         except GuardError:
             return self.float_model(*args, **kwargs)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # The float model is called with the same inputs as the other, which keeps its dtypes.
+        return super()._apply(same_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
 
 class _ForwardWhenAsked:
     """The forward of a raw module: whoever looks at it (a call, a tracer, a compiler) has the code made.
@@ -235,10 +241,17 @@ class _ForwardWhenAsked:
         self.module = weakref.ref(module)
 
     def __get__(self, instance: QGraphModule | None, owner: type[QGraphModule]) -> Callable[..., Any]:
+        if is_dynamo_compiling():
+            return self.outside_of_compilers
         module = self.module()
         assert module is not None
         module.finish()
         return owner.forward if instance is None else instance.forward
+
+    def outside_of_compilers(self, *args: Any, **kwargs: Any) -> Any:
+        from qcore.replay.apart import apart
+
+        return apart(self.module(), *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -319,7 +332,7 @@ def _thaw(nodes: list[tuple[Any, ...]], codegen: fx.graph.CodeGen, meta: dict[st
             made[name].meta["example"] = example
     module = QGraphModule.of(nn.Module(), graph)
     module.meta.update(meta)
-    module.replay_calls()
+    module.wrap_calls()
     return module
 
 

@@ -89,9 +89,12 @@ class Preparer:
         self.plans[part.path] = plan
         plan = observe(graph, plan, self.kernels)
         graph.train(part.module.training)
+        names = part.signature.tensor_names
         preparation = Preparation(
-            "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path
-        )
+            "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path,
+            owner=type(part.module).__name__,
+            inputs=tuple((name, example.dtype) for name, example in zip(names, part.examples, strict=True)),
+        )  # fmt: skip
         return graph.with_preparation(preparation)
 
 

@@ -22,6 +22,7 @@ from torch.nn.modules import module as _torch_module
 from torch.utils._pytree import tree_leaves
 
 from qcore.replay import torchscript
+from qcore.replay.callers import is_watched, needing_gradient, watched
 from qcore.replay.memory import keep_freed_memory
 from qcore.replay.recording import NotReplayableError, Recording, record
 from qcore.replay.straight_line import as_function
@@ -43,13 +44,6 @@ _generation = 0
 #: Threads that run models as they are written. (A set: to ask for an attribute of a thread takes ten times as long.)
 _as_written: set[int] = set()
 
-# By name at each call they cost some microseconds more: after a network's kernels nothing of Python is in the caches.
-_is_compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
-_autocasts = torch._C._is_any_autocast_enabled
 _version_of = attrgetter("_version")
 
 
@@ -95,11 +89,19 @@ class Executor:
     Args:
         module: the module.
         forward: the forward that its code defines; takes the module first.
+        refusing: makes the forward for calls that need gradients; takes the module.
     """
 
-    def __init__(self, module: fx.GraphModule, forward: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        forward: Callable[..., Any],
+        refusing: Callable[[Any], Callable[..., Any]] | None = None,
+    ) -> None:
         self._module = weakref.ref(module)  # The module holds this, and both are to go when nobody holds the module.
         self.forward = forward
+        self.refusing = refusing or (lambda _: forward)
+        self.forward_with_gradients: Callable[..., Any] | None = None
         self.generation = -1
         self.is_replayable = False
         self.training = module.training
@@ -125,9 +127,24 @@ class Executor:
         if found is not NOTHING:
             return found
         form, tensors = self.form(args, kwargs)
-        if form is None or form in self.programs:
-            return self.forward(self.module, *args, **kwargs)
+        if form is None:
+            return watched(self.module, self.run, args, kwargs)
+        if form in self.programs:
+            return self.run(*args, **kwargs)
         return self.run_unknown(form, args, kwargs, tensors)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result as it is written."""
+        forward = self.forward
+        if self.needs_gradients(args, kwargs):
+            forward = self.forward_with_gradients = self.forward_with_gradients or self.refusing(self.module)
+        return forward(self.module, *args, **kwargs)
+
+    def needs_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether autograd has to know of a call."""
+        if not torch.is_grad_enabled():
+            return False
+        return needing_gradient(*self.module.parameters(), *tree_leaves((args, kwargs))) is not None
 
     def replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result, if there is a recording of such a call, else ``NOTHING``."""
@@ -141,7 +158,7 @@ class Executor:
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
         """The form of a call, ``None`` if it can only run as it is written; and the call's tensors."""
         tensors: list[Tensor] = []
-        if _is_somebody_watching():
+        if is_watched() or (_as_written and threading.get_ident() in _as_written):
             return None, tensors
         self.look()
         if not self.is_replayable or self.has_hooks():
@@ -204,18 +221,19 @@ class Executor:
         programs, seen = self.programs, self.seen
         is_full = len(programs) >= MAX_FORMS
         if form not in seen and not is_full:
-            result = self.forward(self.module, *args, **kwargs)
+            result = self.run(*args, **kwargs)
             if len(seen) >= 16 * MAX_FORMS:
                 seen.clear()
             seen.add(form)  # Not before: a call in another thread would be recorded while kernels are still packed.
             return result
-        if is_full or form in programs or _needs_grad(tensors) or any(tensor.is_quantized for tensor in tensors):
-            return self.forward(self.module, *args, **kwargs)
+        is_odd = any(tensor.is_quantized for tensor in tensors)
+        if is_full or is_odd or form in programs or self.needs_gradients(args, kwargs):
+            return self.run(*args, **kwargs)
         programs[form] = None  # Until it is proven, and for good if it isn't.
         try:
             result, recording = record(lambda: self.forward(self.module, *args, **kwargs), tensors)
         except NotReplayableError:
-            return self.forward(self.module, *args, **kwargs)
+            return self.run(*args, **kwargs)
         except BaseException:  # The call's own error, or an interruption, says nothing of the form.
             programs.pop(form, None)
             raise
@@ -269,23 +287,6 @@ def _form_of_tensor(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _is_somebody_watching() -> bool:
-    """Whether this call is traced, transformed, compiled, or runs under a mode that sees each operator."""
-    return bool(
-        _is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transform() is not None
-        or _tracing() is not None
-        or _autocasts()
-        or (_as_written and threading.get_ident() in _as_written)
-    )
-
-
-def _needs_grad(tensors: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _is_replayable(module: fx.GraphModule) -> bool:
     """Whether all that the graph calls is known to compute with torch's operators, deciding nothing by data."""
     for node in module.graph.nodes:
@@ -301,6 +302,8 @@ def _is_replayable(module: fx.GraphModule) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
+    if "forward" in vars(module):  # Somebody patched it.
+        return False
     promised = getattr(module, "replayable", None)
     return type(module).__module__.startswith("torch.nn.") if promised is None else bool(promised)
 

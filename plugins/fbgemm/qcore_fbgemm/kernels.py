@@ -90,6 +90,7 @@ class Quantize(KernelModule):
     """
 
     kernel_name = "quantize"
+    takes_float = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
@@ -348,6 +349,7 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "FBGEMM linear, range at run time"
+    takes_float = True
 
     def check_state(self) -> None:
         """A weight may be loaded that no rule has seen."""

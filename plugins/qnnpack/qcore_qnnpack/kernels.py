@@ -81,6 +81,7 @@ class Quantize(KernelModule):
     """
 
     kernel_name = "quantize"
+    takes_float = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
@@ -303,6 +304,7 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "QNNPACK linear, range at run time"
+    takes_float = True
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""

@@ -198,6 +198,7 @@ class Quantize(KernelModule):
     """
 
     kernel_name = "quantize"
+    takes_float = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
@@ -633,6 +634,7 @@ class QDynamicLinear(WeightKernel):
     """
 
     kernel_name = "onednn::qlinear_pointwise, range at run time"
+    takes_float = True
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""

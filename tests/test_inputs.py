@@ -1,0 +1,215 @@
+"""Inputs and models in other dtypes, on other devices, or not tensors at all."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcore
+from qcore import ops
+from qcore.errors import DtypeError, GuardError, NotSupportedError, QcoreError
+from qcore.kernel import KernelModule
+
+EXACT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+OTHERS = pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool])
+STAGES = pytest.mark.parametrize("stage", ["prepared", "reference", "converted"])
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.second(torch.relu(self.norm(self.first(features))))
+
+
+class Python(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Small()
+
+    def forward(self, features: Tensor) -> Tensor:
+        result = self.part(features)
+        return -result if result.sum() > 1e9 else result
+
+
+def made(stage: str, backend: str, model: nn.Module | None = None, custom: Any = None) -> nn.Module:
+    x = torch.randn(6, 8)
+    prepared = qcore.prepare_fx(
+        (model or Small()).eval(), qcore.get_default_qconfig_mapping(backend), (x,), custom, backend=backend
+    )
+    qcore.calibrate(prepared, [(x,)])
+    if stage == "prepared":
+        return prepared
+    return qcore.convert_to_reference_fx(prepared) if stage == "reference" else qcore.convert_fx(prepared)
+
+
+@EXACT
+@pytest.mark.parametrize("stage", ["reference", "converted"])
+@torch.no_grad()
+def test_half_precision_is_cast_which_loses_nothing_and_gives_float32(
+    installed_backend: str, stage: str, dtype: torch.dtype
+) -> None:
+    for model in (made(stage, installed_backend), made(stage, installed_backend, Python())):
+        x = torch.randn(6, 8).to(dtype)
+        for _ in range(4):
+            assert torch.equal(model(x), model(x.float()))
+            assert model(x).dtype == torch.float32
+
+
+@EXACT
+@torch.no_grad()
+def test_a_layer_with_its_range_at_run_time_casts_as_well(installed_backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(6, 8)
+    mapping = qcore.QConfigMapping().set_global(qcore.default_dynamic_qconfig)
+    prepared = qcore.prepare_fx(nn.Sequential(nn.Linear(8, 8)).eval(), mapping, (x,), backend=installed_backend)
+    for model in (qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)):
+        assert torch.equal(model(x.to(dtype)), model(x.to(dtype).float()))
+        with pytest.raises(GuardError, match=r"argument input of Sequential: a tensor of torch\.float64"):
+            model(x.double())
+
+
+@OTHERS
+@STAGES
+@torch.no_grad()
+def test_what_a_cast_could_change_is_refused_by_name(installed_backend: str, stage: str, dtype: torch.dtype) -> None:
+    message = f"argument features of Small: a tensor of {dtype}; the model was prepared with a tensor of torch.float32"
+    for model in (made(stage, installed_backend), made(stage, installed_backend, Python())):
+        for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for _ in range(3):
+                with pytest.raises(GuardError, match=message):
+                    copied(features=torch.ones(6, 8).to(dtype))
+
+
+@STAGES
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(None, "None"), ([[1.0] * 8], "a list"), (1.5, "a float"), (torch.ones(1, 8).numpy(), "a ndarray")],
+)
+def test_what_is_no_tensor_is_refused_by_name(installed_backend: str, stage: str, value: Any, kind: str) -> None:
+    model = made(stage, installed_backend)
+    for _ in range(3):
+        with pytest.raises(
+            GuardError, match=f"argument features of Small: {kind}; the model was prepared with a tensor"
+        ):
+            model(value)
+    assert model(torch.randn(6, 8)).shape == (6, 4)
+
+
+@STAGES
+def test_other_errors_stay_what_they_are(installed_backend: str, stage: str) -> None:
+    model = made(stage, installed_backend)
+    with pytest.raises(TypeError, match="argument"):
+        model()
+    with pytest.raises((RuntimeError, QcoreError)) as caught:
+        model(torch.randn(6, 9))
+    assert not isinstance(caught.value, GuardError)
+
+
+def test_a_dtype_that_the_models_own_code_takes_is_none_of_qcores_business(installed_backend: str) -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x / 255)
+
+    model = made("converted", installed_backend, Images())
+    pixels = torch.randint(0, 256, (6, 8), dtype=torch.uint8)
+    assert torch.equal(model(pixels), model(pixels.float()))
+
+
+@STAGES
+@pytest.mark.parametrize("how", ["half", "bfloat16", "double"])
+@torch.no_grad()
+def test_a_change_of_dtype_leaves_the_scales_and_the_graph_as_they_are(
+    installed_backend: str, stage: str, how: str
+) -> None:
+    for model in (made(stage, installed_backend), made(stage, installed_backend, Python())):
+        x = torch.randn(6, 8)
+        wanted, state = copy.deepcopy(model)(x), copy.deepcopy(model.state_dict())
+        for changed in (getattr(model, how)(), model.to(getattr(torch, how)), nn.Sequential(model).type(torch.half)):
+            for _ in range(3):
+                assert torch.equal(changed(x), wanted)
+        for name, value in model.state_dict().items():
+            assert value.dtype == state[name].dtype and (stage == "prepared" or torch.equal(value, state[name]))
+
+
+@torch.no_grad()
+def test_a_kernel_by_itself_keeps_its_scales(installed_backend: str) -> None:
+    kernels = [module for module in made("converted", installed_backend).modules() if isinstance(module, KernelModule)]
+    for kernel in kernels:
+        state = copy.deepcopy(kernel.state_dict())
+        for name, value in kernel.half().state_dict().items():
+            assert value.dtype == state[name].dtype and torch.equal(value, state[name])
+
+
+@torch.no_grad()
+def test_a_model_on_the_meta_device_has_no_data_until_it_is_loaded(installed_backend: str) -> None:
+    model, x = made("converted", installed_backend), torch.randn(6, 8)
+    wanted, state = model(x), copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        with pytest.raises(QcoreError, match=r"argument features of Small: a tensor of torch\.float32 on meta; the"):
+            copy.deepcopy(model)(x.to("meta")) if installed_backend != "reference" else pytest.skip("it gives shapes")
+    empty = model.to("meta")
+    with pytest.raises(NotSupportedError, match=r"Small is on the meta device.*load_state_dict\(state, assign=True\)"):
+        empty(x.to("meta"))
+    empty.load_state_dict(state, assign=True)
+    for _ in range(3):
+        assert torch.equal(empty(x), wanted)
+
+
+@torch.no_grad()
+def test_autocast_reaches_the_float_operators_only(installed_backend: str) -> None:
+    for stage in ("reference", "converted"):
+        model, x = made(stage, installed_backend), torch.randn(6, 8)
+        wanted = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                found = model(x)
+                assert (found.float() - wanted).abs().max() < 0.1
+        for _ in range(3):
+            assert torch.equal(model(x), wanted)
+
+
+@torch.no_grad()
+def test_autocast_while_calibrating(installed_backend: str) -> None:
+    prepared, x = made("prepared", installed_backend), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        qcore.calibrate(prepared, [(x,)])
+    assert qcore.convert_fx(prepared)(x).dtype == torch.float32
+
+
+def test_a_float_model_beside_takes_what_the_graph_refuses(installed_backend: str) -> None:
+    custom = qcore.PrepareCustomConfig().set_guard_failure("float")
+    model = made("converted", installed_backend, nn.Sequential(nn.Linear(8, 8)), custom)
+    x = torch.randn(6, 8)
+    assert torch.equal(model.half()(x), model.model(x))
+    with pytest.raises(RuntimeError, match="dtype") as caught:  # The float model's own error, after the graph's.
+        model(x.double())
+    assert isinstance(caught.value.__context__, GuardError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_the_operators_refuse_what_they_would_have_to_round(dtype: torch.dtype) -> None:
+    x = torch.ones(3).to(dtype)
+    with pytest.raises(DtypeError, match=rf"float32.*found {dtype}; cast it: x\.float\(\)"):
+        ops.quantize_per_tensor(x, torch.tensor(0.1), torch.tensor(0), 0, 255, torch.uint8)
+    with pytest.raises(DtypeError):
+        ops.quantize_per_channel(x, torch.ones(3), torch.zeros(3, dtype=torch.int64), 0, 0, 255, torch.uint8)
+    with pytest.raises(DtypeError):
+        ops.dynamic_quantize_dequantize(x, 0, 255)
+
+
+@EXACT
+def test_the_operators_compute_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(500) * 3).to(dtype)
+    arguments = (torch.tensor(0.0317), torch.tensor(128), 0, 255, torch.uint8)
+    assert torch.equal(ops.quantize_per_tensor(x, *arguments), ops.quantize_per_tensor(x.float(), *arguments))
+    assert torch.equal(ops.dynamic_quantize_dequantize(x, 0, 255), ops.dynamic_quantize_dequantize(x.float(), 0, 255))
