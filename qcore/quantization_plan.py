@@ -145,7 +145,7 @@ class QuantizationPlan:
         notes: what came up later, such as NaN in calibration.
         parts: paths of the modules that are graphs; empty if the whole model is one.
         python: the modules that stay Python.
-        other_weights: weights of convolutions and linear layers that no decision speaks of, as they are Python.
+        other_weights: weights that no decision speaks of, as what reads them stays Python.
     """
 
     backend: str
@@ -180,7 +180,10 @@ class QuantizationPlan:
 
     @property
     def weight_share(self) -> float:
-        """The share of the weights of convolutions and linear layers that are integers; 1 if there are none."""
+        """The share of the weights (parameters that operators and leaf modules multiply or look up) that are integers.
+
+        1 if there are none.
+        """
         total = sum(decision.weights for decision in self.decisions) + self.other_weights
         return sum(decision.weights for decision in self.quantized) / total if total else 1.0
 
@@ -222,6 +225,7 @@ def joined_plan(
     plans: Mapping[str, QuantizationPlan],
     idle: Mapping[str, QuantizationPlan],
     python: Sequence[PythonModule],
+    calls: Sequence[Decision],
     other_weights: int,
 ) -> QuantizationPlan:
     """The plan of a model of which only parts are graphs.
@@ -230,6 +234,7 @@ def joined_plan(
         plans: of the parts, by path in the model.
         idle: of modules that could be parts, but in which nothing is quantized.
         python: the modules that stay Python.
+        calls: decisions for what they call.
         other_weights: of them.
 
     Returns:
@@ -238,7 +243,7 @@ def joined_plan(
     every = [*plans.values(), *idle.values()]
     return QuantizationPlan(
         backend=next((plan.backend for plan in every), ""),
-        decisions=tuple(decision for plan in every for decision in plan.decisions),
+        decisions=(*(decision for plan in every for decision in plan.decisions), *calls),
         notes=tuple(f"{path}: {note}" for path, plan in plans.items() for note in plan.notes),
         parts=tuple(plans),
         python=tuple(python),

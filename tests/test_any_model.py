@@ -178,7 +178,8 @@ def test_the_largest_parts_are_graphs_and_the_rest_stays_python(backend):
     assert python.path == "" and python.type_name == "Encoder"
     assert "decides by the data in" in python.reason and "if (ids > 100).any():" in python.location
     assert f"graphs: {', '.join(plan.parts)}" in str(plan) and "(Encoder) stays Python: it decides" in str(plan)
-    assert plan.weight_share == 1.0
+    assert {d.operators for d in plan.floating if d.weights} == {("Embedding",)}
+    assert plan.other_weights == 0
     result, expected = converted(ids), model(ids)
     assert list(result) == ["logits", "hidden"]
     close(result["logits"], expected["logits"])

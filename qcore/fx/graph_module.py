@@ -14,7 +14,8 @@ from torch import fx, nn
 
 from qcore.backend_config import BackendConfig
 from qcore.errors import GuardError
-from qcore.quantization_plan import PythonModule, QuantizationPlan
+from qcore.fx.batches import CallForm
+from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Preparation:
         is_custom_config: whether the user gave that config; then there is no lowering but the reference's.
         preserved: names of attributes of the float model that the user wanted kept.
         path: of the module in the user's model that this is a part of; ``""`` is the whole model.
+        form: of the call with the example inputs, for the whole model.
     """
 
     stage: str
@@ -38,6 +40,7 @@ class Preparation:
     is_custom_config: bool = False
     preserved: tuple[str, ...] = ()
     path: str = ""
+    form: CallForm | None = None
 
     def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
         """The same, at another stage."""
@@ -52,13 +55,17 @@ class PartialPreparation:
         stage: as in :class:`Preparation`.
         python: the modules that aren't graphs.
         idle: plans of modules that could be graphs, but in which nothing is quantized, by path; they were left alone.
-        other_weights: weights of convolutions and linear layers outside of all graphs.
+        decisions: for what those modules call that is no graph and has no modules inside.
+        other_weights: weights of which no decision speaks.
+        form: of the call with the example inputs.
     """
 
     stage: str
     python: tuple[PythonModule, ...]
     idle: Mapping[str, QuantizationPlan]
+    decisions: tuple[Decision, ...]
     other_weights: int
+    form: CallForm
 
 
 #: Where a model that stays Python keeps its :class:`PartialPreparation`.
@@ -210,6 +217,24 @@ class FloatFallback(nn.Module):
             return self.model(*args, **kwargs)
         except GuardError:
             return self.float_model(*args, **kwargs)
+
+
+def preparations(model: Any) -> dict[str, Preparation]:
+    """What qcore knows about the graphs in a model, by path; empty for what it didn't make."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        path: module.preparation
+        for path, module in model.named_modules()
+        if isinstance(module, QGraphModule) and module.preparation is not None
+    }
+
+
+def partial_preparation(model: Any) -> PartialPreparation | None:
+    """What qcore knows about a model that stays Python; ``None`` for any other."""
+    inner = model.model if isinstance(model, FloatFallback) else model
+    found = getattr(inner, "__dict__", {}).get(PARTIAL)
+    return found if isinstance(found, PartialPreparation) else None
 
 
 class _ForwardWhenAsked:

@@ -15,7 +15,7 @@ from qcore.dtypes import dtype_name
 from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, scale_bounds, violation
 from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.match import Match, PatternTable, find_matches
-from qcore.fx.operators import CHUNK, SPLIT, Kind, operator_of
+from qcore.fx.operators import CHUNK, GETITEM, SPLIT, Kind, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
@@ -30,9 +30,12 @@ class Refusal:
 
     Attributes:
         decision: the decision to stay float.
+        is_specific: whether the rule names this operator or its module; one that names more (a container, a regex) is
+            broken only if nothing that it speaks of is quantized.
     """
 
     decision: Decision
+    is_specific: bool = True
 
 
 def make_plan(
@@ -147,7 +150,7 @@ class _Planner:
             if self.counts(match.result) or is_tuple(match.result):
                 self.decide(match)
         for node in self.traced.graph.nodes:
-            if node not in self.match_of and self.counts(node):
+            if node not in self.match_of and (self.counts(node) or self.is_asked_for(node)):
                 self.leave_float(node)
         return self.plan(), self.refusals
 
@@ -170,8 +173,20 @@ class _Planner:
 
     @staticmethod
     def counts(node: fx.Node) -> bool:
-        """Whether a node is an operator on float tensors, of which a plan must give account."""
-        return node.op in ("call_function", "call_method", "call_module") and is_floating_tensor(node)
+        """Whether a node is an operator on float tensors, or a leaf module: a plan must give account of it."""
+        if node.op not in ("call_function", "call_method") or not is_floating_tensor(node):
+            return node.op == "call_module"
+        if operator_of(node) is not GETITEM:
+            return True
+        # What takes a tensor out of the tuple that a leaf module gives computes nothing.
+        return all(is_tuple(source) or "example" in source.meta for source in node.all_input_nodes[:1])
+
+    def is_asked_for(self, node: fx.Node) -> bool:
+        """Whether a rule names a call that is no operator of qcore's, whatever it gives."""
+        if node.op not in ("call_function", "call_method") or operator_of(node) is not None:
+            return False  # An operator's node without a float result does arithmetic on sizes.
+        resolution = self.resolution(node)
+        return resolution.is_specific and resolution.qconfig is not None
 
     def leave_float(self, node: fx.Node) -> None:
         resolution = self.resolution(node)
@@ -180,11 +195,11 @@ class _Planner:
             reason = f"rule {resolution.rule} says float"
         decision = Decision(
             node.name, (node.name,), (self.label(node),), self.path(node), False, resolution.rule, resolution.qconfig,
-            reason=reason, multiply_adds=multiply_adds(node), weights=weight_count(node),
+            reason=reason, multiply_adds=multiply_adds(node, self.traced), weights=weight_count(node, self.traced),
         )  # fmt: skip
         self.decisions[node] = decision
-        if resolution.is_specific and resolution.qconfig is not None:
-            self.refusals.append(Refusal(decision))
+        if resolution.qconfig is not None:
+            self.refusals.append(Refusal(decision, resolution.is_specific))
 
     def label(self, node: fx.Node) -> str:
         op = operator_of(node)
@@ -208,37 +223,41 @@ class _Planner:
             rule=resolution.rule,
             qconfig=resolution.qconfig,
             condition=match.config.condition.name if match.config.condition else "",
-            multiply_adds=sum(multiply_adds(node) for node in match.nodes),
-            weights=weight_count(match.anchor),
+            multiply_adds=sum(multiply_adds(node, self.traced) for node in match.nodes),
+            weights=weight_count(match.anchor, self.traced),
         )
-        reason, is_refused, accepted = self.judge(match, resolution)
+        reason, breaks, accepted = self.judge(match, resolution)
         if accepted is None:
             decision = replace(decision, reason=reason)
-            if is_refused:
-                self.refusals.append(Refusal(decision))
+            if breaks is not None:
+                self.refusals.append(Refusal(decision, breaks))
         else:
             decision = replace(decision, quantized=True, dtype_config=accepted)
         self.decisions[match.result] = decision
 
-    def judge(self, match: Match, resolution: Resolution) -> tuple[str, bool, DTypeConfig | None]:
-        """Why a match stays float and whether that breaks a request, or the dtype config by which it doesn't."""
+    def judge(self, match: Match, resolution: Resolution) -> tuple[str, bool | None, DTypeConfig | None]:
+        """Why a match stays float, or the dtype config by which it doesn't.
+
+        In between: ``None`` if staying float breaks no request, else :attr:`Refusal.is_specific`.
+        """
         qconfig = resolution.qconfig
         if qconfig is None:
             asked = f"rule {resolution.rule} says float" if resolution.rule else "no rule asks for it"
-            return asked, False, None
+            return asked, None, None
         tensors = [*match.inputs(), match.result]
         other = next((node for node in tensors if not is_float_tensor(node) and not is_tuple(node)), None)
         if other is not None:
             example = other.meta.get("example")
-            return f"{other.name} is {dtype_name(example.dtype) if example else 'no tensor'}, not float32", False, None
+            breaks = resolution.is_specific if is_floating_tensor(other) else None
+            return f"{other.name} is {dtype_name(example.dtype) if example else 'no tensor'}, not float32", breaks, None
         problem = self.weight_problem(match)
         if problem:
-            return problem, False, None
+            return problem, resolution.is_specific, None
         op = operator_of(match.anchor)
         if self.traits[qconfig.activation].is_placeholder and (op is None or op.weight is None):
             return "its qconfig is for operators with weights", resolution.is_specific, None
         if self.saves_nothing(match, resolution, qconfig):
-            return "it has no weights, and integers wouldn't save a conversion here", False, None
+            return "it has no weights, and integers wouldn't save a conversion here", None, None
         refusals: list[str] = []
         for dtype_config in match.config.dtype_configs:
             if gives_float(dtype_config) and not reads_float(dtype_config) and not self.may_give_float(match):
@@ -246,7 +265,7 @@ class _Planner:
             refusal = self.refusal(match, qconfig, dtype_config) or self.reading_problem(match, dtype_config)
             if refusal is None:
                 reason = self.place(match, qconfig, dtype_config)
-                return (reason, False, None) if reason else ("", False, dtype_config)
+                return (reason, None, None) if reason else ("", None, dtype_config)
             if refusal not in refusals:
                 refusals.append(refusal)
         return f"{self.name} doesn't accept its qconfig: {'; '.join(refusals)}", True, None

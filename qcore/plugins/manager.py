@@ -13,7 +13,14 @@ from torch import nn
 
 from qcore._version import __version__
 from qcore.backend_config import BackendConfig
-from qcore.errors import BackendNotFoundError, BackendUnavailableError, LoweringError, PluginError, QcoreWarning
+from qcore.errors import (
+    BackendNotFoundError,
+    BackendUnavailableError,
+    ConfigError,
+    LoweringError,
+    PluginError,
+    QcoreWarning,
+)
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
 from qcore.observer import ObserverBase
@@ -93,9 +100,19 @@ class Backend:
         return dict(self._hook.qcore_observers() or {})
 
     def default_qconfig_mapping(self, version: int = 0) -> QConfigMapping:
-        """Its default mapping, marked as its own."""
+        """Its default mapping, marked as its own.
+
+        Raises:
+            ConfigError: it has no such version.
+        """
+        versions = self.info.mapping_versions
+        if type(version) is not int or version not in versions:
+            listed = ", ".join(str(known) for known in versions)
+            raise ConfigError(
+                f"backend {self.name!r} has no version {version!r} of its default qconfig mapping; it has: {listed}"
+            )
         mapping: QConfigMapping = self._hook.qcore_default_qconfig_mapping(version=version)
-        mapping.backend = self.name
+        mapping.backend, mapping.default_types = self.name, frozenset(mapping.object_type_qconfigs)
         return mapping
 
     def lower(self, reference: QGraphModule) -> nn.Module:
