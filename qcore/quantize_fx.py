@@ -31,6 +31,7 @@ from qcore.fx.graph_module import (
     QGraphModule,
     partial_preparation,
     preparations,
+    submodule,
 )
 from qcore.fx.parts import Parts, comparable, copy_of, find_parts, replace_modules
 from qcore.fx.plan import Refusal
@@ -359,7 +360,9 @@ def _references(
             preparation = replace(preparation, preserved=names)
         kernels = get_available_backend(preparation.backend).observers()
         try:
-            references[path] = convert_to_reference(prepared.get_submodule(path), preparation, kernels)
+            part = submodule(prepared, path)
+            assert isinstance(part, QGraphModule)
+            references[path] = convert_to_reference(part, preparation, kernels)
         except CalibrationError as error:
             empty.append(error)
     if empty:

@@ -391,3 +391,22 @@ def test_all_that_is_wrong_with_constraints_comes_at_once():
         qcore.DTypeWithConstraints(torch.quint8, 9, 3, 5.0, 4.0, zero_point_exact_match=20)
     assert len(caught.value.problems) == 3
     qcore.DTypeWithConstraints(torch.float32, 0.0, 255.0, 2**-12)  # As torch.ao's own configs have them.
+
+
+@pytest.mark.parametrize(
+    "value", [None, [INPUTS[0]], 3, "text", {"x": INPUTS[0]}], ids=["None", "list", "int", "str", "dict"]
+)
+def test_an_argument_that_is_no_tensor_is_named(installed_backend, value):
+    mapping = qcore.get_default_qconfig_mapping(installed_backend)
+    prepared = qcore.prepare_fx(model(), mapping, INPUTS)
+    message = f"argument input of the model must be a tensor, .*found {type(value).__name__}"
+    with pytest.raises(errors.GuardError, match=message):
+        prepared(value)
+    prepared(*INPUTS)
+    for converted in (qcore.convert_fx(prepared), qcore.convert_to_reference_fx(prepared)):
+        for _ in range(4):
+            converted(*INPUTS)
+        with pytest.raises(errors.GuardError, match=message):
+            converted(value)
+        with pytest.raises(errors.GuardError, match=message):
+            converted(input=value)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from qcore.backend_config import BackendConfig
 from qcore.errors import GuardError
 from qcore.fx.batches import CallForm
+from qcore.fx.signature import SignatureCodeGen
 from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
 
 
@@ -77,6 +78,31 @@ class QGraphModule(fx.GraphModule):
 
     fx pickles the generated code and traces it again, which gives nodes other names; a plan speaks of nodes by name.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; where a call fails, an argument that is no tensor is named."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except GuardError:
+            raise
+        except Exception as error:
+            problem = self._no_tensor(args, kwargs)
+            if problem:
+                raise GuardError(problem) from error
+            raise
+
+    def _no_tensor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """A sentence about an argument that should be a tensor; empty if there is none."""
+        if self.preparation is None or isinstance(self.graph._codegen, SignatureCodeGen):
+            return ""  # The latter compares its arguments itself.
+        inputs = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+        for name, value in (*zip(inputs, args, strict=False), *kwargs.items()):
+            if not isinstance(value, torch.Tensor):
+                return (
+                    f"argument {name} of {self.preparation.path or 'the model'} must be a tensor, as it was when the "
+                    f"model was prepared; found {type(value).__name__}"
+                )
+        return ""
 
     @property
     def preparation(self) -> Preparation | None:
