@@ -146,7 +146,7 @@ def prepare_unsupported(on_unsupported):
 
 
 def test_a_qconfig_that_the_backend_does_not_accept_names_the_constraint():
-    where = r"linear \+ clamp at 0 \(rule object_type Linear\)"
+    where = r"linear \+ relu at 0 \(rule object_type Linear\)"
     reason = rf"{where}.*narrow doesn't accept its qconfig: input quant_max 255 > 127 \(quant_max_upper_bound\)"
     with pytest.raises(errors.UnsupportedQConfigError, match=reason) as caught:
         prepare_unsupported("error")

@@ -15,13 +15,16 @@ from qcore.dtypes import dtype_name
 from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, scale_bounds, violation
 from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.match import Match, PatternTable, find_matches
-from qcore.fx.operators import CHUNK, GETITEM, SPLIT, Kind, operator_of
+from qcore.fx.operators import CHUNK, CLAMP, GETITEM, SPLIT, Kind, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
 from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
 from qcore.qconfig_mapping import object_type_name
 from qcore.quantization_plan import Decision, Observation, QuantizationPlan, QuantizedTensor, WeightQuantization
+
+#: Clamps that a reader knows by another name.
+_CLAMPS: dict[tuple[object, ...], str] = {(0, None): "relu", (0, 6): "relu6"}
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,9 @@ class _Planner:
 
     def label(self, node: fx.Node) -> str:
         op = operator_of(node)
+        if op is CLAMP:
+            written = object_type_name(node.meta["origin"].object_type) if "origin" in node.meta else ""
+            return "hardtanh" if "hardtanh" in written.lower() else _CLAMPS.get(node.args[1:], op.name)
         if op is not None:
             return op.name
         return object_type_name(self.module_types.get(str(node.target), node.target))
