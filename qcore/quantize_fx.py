@@ -29,10 +29,12 @@ from qcore.fx.graph_module import (
     FloatFallback,
     PartialPreparation,
     QGraphModule,
+    copied_values,
     partial_preparation,
     preparations,
     submodule,
 )
+from qcore.fx.hooks import compute_weights, makers_of_weights
 from qcore.fx.parts import Parts, comparable, copy_of, find_parts, replace_modules
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
@@ -237,6 +239,11 @@ def fuse_fx(
         raise NotSupportedError("fuse_fx takes no fuse_custom_config and no backend_config; name a backend=... instead")
     check_mode(model)
     patterns = BATCH_NORM_FUSIONS if backend is None else get_available_backend(backend).fusion_patterns()
+    if any(
+        makers_of_weights(module) for module in model.modules()
+    ):  # Nobody may have called it since they were last changed.
+        model = copy_of(model)
+        compute_weights(model)
     fused = fuse(trace(model), patterns)
     fused.finish()
     return fused
@@ -283,7 +290,7 @@ def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str) -> n
     """A copy of a prepared model with its parts replaced; what is replaced isn't copied."""
     if "" in new:
         return new[""]
-    memo: dict[int, Any] = {id(model.get_submodule(path)): part for path, part in new.items()}
+    memo = copied_values(model) | {id(model.get_submodule(path)): part for path, part in new.items()}
     result = copy.deepcopy(model, memo)
     inner = result.model if isinstance(result, FloatFallback) else result
     if PARTIAL in inner.__dict__:

@@ -419,9 +419,20 @@ def delete_tensor(module: nn.Module, target: str) -> None:
     del (owner._parameters if name in owner._parameters else owner._buffers)[name]
 
 
+def copied_values(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy with the tensors that modules keep and that were computed, which deepcopy refuses."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
 def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
     """Replace modules that ``module`` shares with another, which it calls whole, by copies."""
     theirs = {id(other) for other in foreign.modules()}
+    memo.update(copied_values(foreign))
     pending = [module]
     while pending:
         owner = pending.pop()

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from qcore.errors import TraceError
 from qcore.fx.costs import module_weights
 from qcore.fx.forms import MODULES, PASSING
-from qcore.fx.graph_module import QGraphModule
+from qcore.fx.graph_module import QGraphModule, copied_values
 from qcore.fx.shapes import copied, difference, propagate_examples
 from qcore.fx.signature import CallSignature, NotConstantError
 from qcore.fx.tracer import Origin, trace
@@ -147,12 +147,7 @@ def _leaves_of_graph(model: nn.Module) -> list[str]:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, also of models that hold tensors computed from parameters, which deepcopy refuses."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, copied_values(model))
 
 
 class _Finder:

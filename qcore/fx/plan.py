@@ -14,6 +14,8 @@ from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfi
 from qcore.dtypes import dtype_name
 from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, scale_bounds, violation
 from qcore.fx.costs import multiply_adds, weight_count
+from qcore.fx.graph_module import submodule
+from qcore.fx.hooks import hook_of
 from qcore.fx.match import Match, PatternTable, find_matches
 from qcore.fx.operators import CHUNK, CLAMP, GETITEM, SPLIT, Kind, operator_of
 from qcore.fx.resolve import Resolution, Resolver
@@ -193,7 +195,8 @@ class _Planner:
 
     def leave_float(self, node: fx.Node) -> None:
         resolution = self.resolution(node)
-        reason = f"{self.name} has no pattern for it"
+        hook = hook_of(submodule(self.traced, str(node.target))) if node.op == "call_module" else ""
+        reason = f"it has {hook}, so it is called as it is" if hook else f"{self.name} has no pattern for it"
         if resolution.rule and resolution.qconfig is None:
             reason = f"rule {resolution.rule} says float"
         decision = Decision(

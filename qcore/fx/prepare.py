@@ -4,6 +4,7 @@ import copy
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from qcore.backend_config import BackendConfig
@@ -11,6 +12,7 @@ from qcore.fx.expand import expand
 from qcore.fx.forms import MODULES
 from qcore.fx.fuse import FusionPattern, fuse
 from qcore.fx.graph_module import Preparation, QGraphModule, own_modules, own_tensors
+from qcore.fx.hooks import notes_of_weights
 from qcore.fx.observe import observe
 from qcore.fx.parts import Part, Parts, plain_attributes
 from qcore.fx.plan import Refusal, make_plan
@@ -83,6 +85,7 @@ class Preparer:
         if not part.path:
             own_tensors(graph, part.module, memo)
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
+        plan = replace(plan, notes=notes_of_weights(part.module))
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
         plan = observe(graph, plan, self.kernels)

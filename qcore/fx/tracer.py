@@ -26,6 +26,7 @@ from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
+from qcore.fx.hooks import hook_of
 from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
 from qcore.fx.values import Value, values_in
@@ -105,6 +106,8 @@ class NormalFormTracer(ExampleTracer):
             if self._path:  # A part of the user's model may be a known module itself.
                 result = self.call_module(root, lambda *a, **k: root_fn(root, *a, **k), tuple(args), kwargs)
             else:
+                if hook_of(root):
+                    raise UndecidableError(f"{type(root).__name__} has {hook_of(root)}, which runs at each call")
                 result = root_fn(root, *args, **kwargs)
             return self._result(signature, result)
 
@@ -150,8 +153,8 @@ class NormalFormTracer(ExampleTracer):
         path = "" if m is self.root else self.path_of_module(m)
         if self._is_opaque(m, path):
             return self._leaf(m, path, forward, args, kwargs)
-        form = MODULES.get(type(m))
-        if form is not None and not m._forward_hooks and not m._forward_pre_hooks:
+        form, hook = MODULES.get(type(m)), hook_of(m)
+        if form is not None and not hook:
             try:
                 call = form(m, lambda name: self._attribute(path, m, name), *args, **kwargs)
             except TypeError:
@@ -160,6 +163,8 @@ class NormalFormTracer(ExampleTracer):
                 return self._emit(call, path, self._make_origin(type(m), True, path))
         if form is not None or not self.is_leaf_module(m, path):
             try:
+                if hook and form is None:
+                    raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
                 if form is not None:
                     return self._inside(m, path, forward, args, kwargs)
                 with ScopeContextManager(self.scope, Scope(path, type(m))), self.with_own_isinstance(type(m).forward):
@@ -172,7 +177,9 @@ class NormalFormTracer(ExampleTracer):
 
     def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         if m is self.root:
-            raise TraceError(f"{type(m).__name__} is not known to qcore", path, None)
+            hook = hook_of(m)
+            reason = f"has {hook}, which runs at each call" if hook else "is not known to qcore"
+            raise TraceError(f"{type(m).__name__} {reason}", path, None)
         self._origin = self._make_origin(type(m), True, path)
         result = self.create_proxy("call_module", path, args, kwargs)
         if getattr(m, "inplace", False) is True and args and isinstance(args[0], fx.Proxy):
@@ -181,7 +188,7 @@ class NormalFormTracer(ExampleTracer):
 
     def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not hook_of(m):
             with ScopeContextManager(self.scope, Scope(path, type(m))):
                 return forward(*args, **kwargs)
         return self._leaf(m, path, forward, args, kwargs)
@@ -229,6 +236,11 @@ class NormalFormTracer(ExampleTracer):
 
     def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
         tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None and isinstance(vars(module).get(name), torch.Tensor):
+            # Computed by a hook, as for a pruned layer, from tensors that stay as they are.
+            target = f"{path}.{name}".lstrip(".")
+            self.constants[target] = vars(module)[name].detach().clone()
+            return self._tensor(target)
         if tensor is None:
             return None
         return self._tensor(self._tensor_paths.get(id(tensor), f"{path}.{name}"))
