@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx
@@ -26,6 +26,7 @@ from qcore.dtypes import (
     is_integer,
 )
 from qcore.errors import ConfigError, NotSupportedError
+from qcore.migration import missing_from
 
 #: One operator (module class, function, method name), or a chain of them in the order of execution.
 Pattern = Any
@@ -295,3 +296,7 @@ class BackendConfig:
 
     def __repr__(self) -> str:
         return f"BackendConfig({self.name!r}, {len(self._configs)} patterns)"
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

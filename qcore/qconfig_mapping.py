@@ -3,13 +3,14 @@
 import difflib
 import re
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from qcore.errors import ConfigError
+from qcore.migration import missing_from
 from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig, observer_traits
 
 #: A module class, a function, or the name of a tensor method.
@@ -234,3 +235,7 @@ def _checked(qconfig: QConfig | None, where: str) -> QConfig | None:
     raise ConfigError(
         f"{where}: expected a qcore.QConfig or None, found {type(qconfig).__module__}.{type(qconfig).__name__}"
     )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx, nn
 
@@ -41,6 +41,7 @@ from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import run_model
 from qcore.fx.tracer import trace
+from qcore.migration import missing_from
 from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan, joined_plan
@@ -239,9 +240,7 @@ def fuse_fx(
         raise NotSupportedError("fuse_fx takes no fuse_custom_config and no backend_config; name a backend=... instead")
     check_mode(model)
     patterns = BATCH_NORM_FUSIONS if backend is None else get_available_backend(backend).fusion_patterns()
-    if any(
-        makers_of_weights(module) for module in model.modules()
-    ):  # Nobody may have called it since they were last changed.
+    if any(makers_of_weights(module) for module in model.modules()):  # As a call would, which fuse_fx makes none of.
         model = copy_of(model)
         compute_weights(model)
     fused = fuse(trace(model), patterns)
@@ -438,3 +437,7 @@ def _warn_of_unmatched_types(resolver: Resolver, model: nn.Module, found: Parts,
     if problem and on_unsupported != "ignore":
         where = "; functions that what stays Python calls aren't seen" if found.python else ""
         warnings.warn(f"{problem}{where}", QcoreWarning, stacklevel=3)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

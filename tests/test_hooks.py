@@ -1,4 +1,4 @@
-"""Modules with hooks: what runs at each call goes on to run at each call, and a weight that a hook computes is a weight."""
+"""Modules with hooks: what runs at each call goes on to do so, and a weight that a hook computes is a weight."""
 
 import pickle
 

@@ -1,11 +1,12 @@
 """PrepareCustomConfig and ConvertCustomConfig: exceptions to the rules, with torch.ao's names."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
 from qcore.errors import ConfigError, NotSupportedError
+from qcore.migration import missing_from
 
 
 class PrepareCustomConfig:
@@ -157,3 +158,7 @@ def _not_yet(setter: str) -> NotSupportedError:
         f"PrepareCustomConfig.{setter} isn't supported yet. To keep a submodule float and whole, use "
         "set_non_traceable_module_names; to keep it float, set_module_name(path, None) in the QConfigMapping"
     )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)
