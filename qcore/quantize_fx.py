@@ -432,8 +432,9 @@ def _report_empty(
 
 def _warn_of_unmatched_types(resolver: Resolver, model: nn.Module, found: Parts, on_unsupported: OnUnsupported) -> None:
     """Warn of types in the mapping of which the model has none: a rule for a family of models is no error."""
-    kinds = {kind for _, kind in found.calls} | {type(module) for module in model.modules()}
-    problem = resolver.unmatched_types(kinds)
+    classes = {type(module) for module in model.modules()}
+    stay = {type(found.model.get_submodule(module.path)) for module in found.python}
+    problem = resolver.unmatched_types({kind for _, kind in found.calls} | stay, classes)
     if problem and on_unsupported != "ignore":
         where = "; functions that what stays Python calls aren't seen" if found.python else ""
         warnings.warn(f"{problem}{where}", QcoreWarning, stacklevel=3)

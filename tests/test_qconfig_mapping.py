@@ -371,3 +371,41 @@ def test_calls_that_were_fused_or_absorbed_can_be_named_by_number():
     mapping.set_module_name_object_type_order("", nn.ReLU, 1, q(2))
     with pytest.raises(ConfigError, match=r"order\('', ReLU, 1\) matches no call; there are 1, counted from 0"):
         qcore.prepare_fx(made, mapping, (torch.randn(2, 4, 4),), backend="reference")
+
+
+def test_a_rule_for_a_class_that_only_holds_modules_says_that_it_speaks_of_nothing():
+    class Holder(nn.Sequential):
+        pass
+
+    made = nn.Sequential(Holder(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4)).eval()
+    for kind in (Holder, nn.Sequential):
+        mapping = QConfigMapping().set_object_type(kind, q(1)).set_module_name("1", q(2))
+        with pytest.warns(qcore.errors.QcoreWarning, match=f"{kind.__name__} speaks of the functions .* own forward"):
+            prepare(mapping, made)
+
+
+def test_a_clamp_that_is_asked_for_is_not_lost_with_an_operator_that_is_not():
+    made = nn.Sequential(nn.Linear(4, 4), nn.ReLU6(), nn.Linear(4, 4)).eval()
+    mapping = QConfigMapping().set_object_type(nn.ReLU6, q(9)).set_module_name("2", q(1))
+    plan = qcore.explain(prepare(mapping, made, on_unsupported="error"))
+    assert [(d.operators, d.rule, d.reason) for d in plan.decisions] == [
+        (("linear",), "", "no rule asks for it"),
+        (("relu6",), "object_type ReLU6", "its input is float, and it only hands on what it gets"),
+        (("linear",), "module_name '2'", ""),
+    ]  # fmt: skip
+
+
+def test_a_batch_norm_that_is_asked_for_and_folded_into_what_stays_float_is_refused():
+    made = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+
+    def prepared(mapping):
+        return qcore.prepare_fx(made, mapping, (torch.randn(2, 4, 4),), backend="reference", on_unsupported="error")
+
+    mapping = QConfigMapping().set_object_type(nn.Linear, q(1)).set_object_type(nn.BatchNorm1d, q(2))
+    wanted = (
+        "BatchNorm1d at 1 .rule object_type BatchNorm1d.: it is folded into conv1d at 0, which stays float: no rule"
+    )
+    with pytest.raises(qcore.errors.UnsupportedQConfigError, match=wanted):
+        prepared(mapping)
+    plan = qcore.explain(prepared(mapping.set_object_type(nn.Conv1d, q(3))))
+    assert [d.operators for d in plan.quantized] == [("conv1d",), ("linear",)]

@@ -166,7 +166,9 @@ class _Planner:
     def may_absorb(self, anchor: fx.Node, clamp: fx.Node) -> bool:
         """Unless a rule says that this very clamp stays float; a clamp that no rule names goes with its operator."""
         resolution = self.resolution(clamp)
-        return resolution.qconfig is not None or not resolution.rule or self.resolution(anchor).qconfig is None
+        if self.resolution(anchor).qconfig is None:
+            return resolution.qconfig is None  # What is asked for isn't lost with what stays float.
+        return resolution.qconfig is not None or not resolution.rule
 
     def accepts_qconfig(self, anchor: fx.Node, config: BackendPatternConfig) -> bool:
         """Whether a pattern takes the qconfig that its first operator is asked to have."""
@@ -240,9 +242,22 @@ class _Planner:
             decision = replace(decision, reason=reason)
             if breaks is not None:
                 self.refusals.append(Refusal(decision, breaks))
+            self.refuse_folded(match, decision)
         else:
             decision = replace(decision, quantized=True, dtype_config=accepted)
         self.decisions[match.result] = decision
+
+    def refuse_folded(self, match: Match, decision: Decision) -> None:
+        """Note what is asked of operators that were folded into one that stays float."""
+        for origin in match.anchor.meta.get("folded", ()):
+            resolution = self.resolver.resolve(origin)
+            if resolution.is_specific and resolution.qconfig is not None:
+                where = f"{decision.operators[0]} at {decision.path or decision.node}"
+                folded = replace(
+                    decision, operators=(object_type_name(origin.object_type),), path=origin.path, rule=resolution.rule,
+                    reason=f"it is folded into {where}, which stays float: {decision.reason}",
+                )  # fmt: skip
+                self.refusals.append(Refusal(folded))
 
     def judge(self, match: Match, resolution: Resolution) -> tuple[str, bool | None, DTypeConfig | None]:
         """Why a match stays float, or the dtype config by which it doesn't.

@@ -47,6 +47,8 @@ class Resolver:
     def __init__(self, mapping: QConfigMapping) -> None:
         self._mapping = mapping
         self._regexes = [(re.compile(text), text) for text in mapping.module_name_regex_qconfigs]
+        #: Classes in whose forwards functions or methods were called.
+        self.scopes: set[type] = set()
         self._by_place: dict[tuple[ObjectType, bool, str, type | None], Resolution] = {}
 
     def resolve(self, origin: Origin) -> Resolution:
@@ -64,6 +66,8 @@ class Resolver:
     def _resolve_place(self, origin: Origin) -> Resolution:
         mapping = self._mapping
         path = origin.path
+        if not origin.is_module and origin.scope_type is not None:
+            self.scopes.add(origin.scope_type)
         while path:
             if path in mapping.module_name_qconfigs:
                 specific = origin.is_module and path == origin.path
@@ -115,23 +119,31 @@ class Resolver:
             if not 0 <= index < calls.get((name, kind), 0)
         ]
 
-    def unmatched_types(self, found: Collection[ObjectType]) -> str:
+    def unmatched_types(self, found: Collection[ObjectType], holders: Collection[type]) -> str:
         """A sentence about the object types of the mapping of which there are none; empty if there are some of each.
 
         Args:
-            found: the types that there are.
+            found: the types that are called.
+            holders: the classes of all modules.
         """
         kinds = self._mapping.object_type_qconfigs
-        present = {kind for kind in kinds if kind in found or _OTHER_FORM.get(kind) in found}
+        present = {kind for kind in kinds if kind in found or kind in self.scopes or _OTHER_FORM.get(kind) in found}
         # Who can't know in which form an operator is written gives a rule for each.
         answered = {*self._mapping.default_types, *(key for kind in present for key in pattern_keys(kind))}
         missing = [kind for kind in kinds if not {kind, *pattern_keys(kind)} & (present | answered)]
         if not missing:
             return ""
         named = ", ".join(f"set_object_type({qualified_name(kind)}, ...)" for kind in missing)
-        names = sorted({qualified_name(kind) for kind in found})
+        names = sorted({qualified_name(kind) for kind in (*found, *self.scopes)})
         listed = ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
-        return f"{named}: the model has nothing of the kind, so that changes nothing; found are: {listed}"
+        held = [qualified_name(kind) for kind in missing if kind in holders]
+        hint = (
+            f". A rule for a class such as {held[0]} speaks of the functions that its own forward calls; "
+            "set_module_name speaks of all that is below a path"
+            if held
+            else ""
+        )
+        return f"{named}: the model calls nothing of the kind, so that changes nothing; called are: {listed}{hint}"
 
 
 def _similar(name: str, paths: set[str]) -> str:
