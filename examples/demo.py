@@ -8,11 +8,12 @@ Weights and photos ship inside packages (``examples/requirements.txt``); nothing
 
 import argparse
 import io
+import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from benchmarks.metrics import agreement, sqnr_db
 from examples.photos import evaluation_set, imagenet_photos
 from examples.zoo import NETWORKS, MissingPackageError
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 100)
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ def compare(network: str, backends: Sequence[str], images: list[Tensor], rounds:
 
 def print_table(results: Sequence[Result], images: str) -> None:
     """The table, and what it was measured on."""
-    table = Table(title="int8 beside float")
+    table = Table(title="int8 beside float", pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("network", "backend"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("same top class", "SQNR", "batch 1", "speed", "on disk", "of float"):
+        table.add_column(heading)
+    for heading in ("same\nclass", "SQNR\ndB", "batch 1\nms", "speed", "on disk\nMB", "of\nfloat"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, row in enumerate(results):
         is_last = number + 1 == len(results) or results[number + 1].network != row.network
@@ -136,17 +137,17 @@ def print_table(results: Sequence[Result], images: str) -> None:
             row.network,
             row.backend,
             f"{row.agreement:.3f}",
-            f"{row.sqnr_db:.1f} dB",
-            f"{row.milliseconds:.1f} ms",
+            f"{row.sqnr_db:.1f}",
+            f"{row.milliseconds:.1f}",
             f"{row.float_milliseconds / row.milliseconds:.2f}x",
-            f"{row.megabytes:.1f} MB",
+            f"{row.megabytes:.1f}",
             f"{row.megabytes / row.float_megabytes:.2f}",
             end_section=is_last,
         )
     CONSOLE.print(table)
     threads, isa = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     CONSOLE.print(
-        "same top class: share of images on which int8 and float agree; SQNR: of the logits; speed: of a float call to "
+        "same class: share of images whose top class is the same; SQNR: of the logits; speed: of a float call to "
         f"an int8 call, above 1 is faster (torch {torch.__version__}, {threads} threads, {isa}). Calibrated on 20 "
         f"ImageNet photos, compared on {images}."
     )
@@ -156,12 +157,13 @@ def print_plans(results: Sequence[Result]) -> None:
     """What qcore decided: a line for each model, and a few rows of the first one's table."""
     CONSOLE.print("\nexplain(model).summary()")
     for row in results:
-        CONSOLE.print(f"{row.network:20}{qcore.explain(row.model).summary()}", highlight=False, markup=False)
-    # A summary, a blank line, two lines of heading, then a line for each operator.
-    lines = str(qcore.explain(results[0].model)).splitlines()[2:]
-    left_float = [line for line in lines[10:] if "  float  " in line]
+        CONSOLE.print(f"{row.network} on {qcore.explain(row.model).summary()}", highlight=False, markup=False)
+    plan = qcore.explain(results[0].model)
+    shown = replace(plan, decisions=(*plan.decisions[:10], *(d for d in plan.decisions[10:] if not d.quantized)))
     CONSOLE.print(f"\nexplain({results[0].network} for {results[0].backend}), the first rows and all that stay float")
-    CONSOLE.print("\n".join([*lines[:10], *left_float]), soft_wrap=True, highlight=False, markup=False)
+    # Without the summary, which would count what is shown; the reasons and the table follow.
+    text = re.split(r"\n(?=  \S|\n)", shown.as_text(CONSOLE.width), maxsplit=1)[1]
+    CONSOLE.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> int:

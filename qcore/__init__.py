@@ -6,6 +6,8 @@ quantized = convert_fx(prepared)
 print(explain(quantized))
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from qcore._version import __version__
 from qcore.backend_config import (
     BackendConfig,
@@ -96,3 +98,8 @@ __all__ = [
     "installed_backends",
     "prepare_fx",
 ]
+
+if not _TYPE_CHECKING:
+    from qcore.migration import missing_from as _missing_from
+
+    __getattr__ = _missing_from(__name__)

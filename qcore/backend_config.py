@@ -7,16 +7,27 @@ or a method name; qcore reads all forms of one operator as the same (``nn.ReLU``
 
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterable
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Self
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx
 
-from qcore.dtypes import QScheme, canonical_dtype, canonical_qscheme
+from qcore.dtypes import (
+    QScheme,
+    canonical_dtype,
+    canonical_qscheme,
+    checked_scale,
+    dtype_name,
+    dtype_range,
+    is_integer,
+)
 from qcore.errors import ConfigError, NotSupportedError, PluginError
+from qcore.migration import missing_from
 
 #: One operator (module class, function, method name), or a chain of them in the order of execution.
 Pattern = Any
@@ -44,6 +55,9 @@ class DTypeWithConstraints:
         zero_point_exact_match: the zero point must be just this.
         qschemes: the schemes that the kernel takes; ``None`` accepts any.
         ch_axis: the channel axis that a per-channel scheme must use.
+
+    Raises:
+        ConfigError: no qparams could ever meet them; names all that is wrong.
     """
 
     dtype: torch.dtype | None = None
@@ -61,6 +75,38 @@ class DTypeWithConstraints:
             object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
         if self.qschemes is not None:
             object.__setattr__(self, "qschemes", tuple(canonical_qscheme(scheme) for scheme in self.qschemes))
+        problems = [f"DTypeWithConstraints: {problem}" for problem in self._wrong_numbers() or self._wrong_order()]
+        if problems:
+            raise ConfigError(problems)
+
+    def _wrong_numbers(self) -> list[str]:
+        problems = []
+        for name in ("quant_min_lower_bound", "quant_max_upper_bound", "zero_point_exact_match", "ch_axis"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and value % 1 == 0):
+                problems.append(f"{name} must be a whole number, found {value!r}")
+        for name in ("scale_min_lower_bound", "scale_max_upper_bound", "scale_exact_match"):
+            try:
+                if getattr(self, name) is not None:
+                    checked_scale(getattr(self, name), name)
+            except ConfigError as error:
+                problems += error.problems
+        return problems
+
+    def _wrong_order(self) -> Iterator[str]:
+        lowest, highest = dtype_range(self.dtype) if self.dtype and is_integer(self.dtype) else (-math.inf, math.inf)
+        low = lowest if self.quant_min_lower_bound is None else self.quant_min_lower_bound
+        high = highest if self.quant_max_upper_bound is None else self.quant_max_upper_bound
+        if not lowest <= low < high <= highest:
+            yield f"the range {low}..{high} must hold two integers at least and fit {dtype_name(self.dtype)}"
+        if self.zero_point_exact_match is not None and not low <= self.zero_point_exact_match <= high:
+            yield f"zero_point_exact_match {self.zero_point_exact_match} lies outside the range {low}..{high}"
+        least = 0.0 if self.scale_min_lower_bound is None else self.scale_min_lower_bound
+        most = math.inf if self.scale_max_upper_bound is None else self.scale_max_upper_bound
+        if not least <= most:
+            yield f"scale_min_lower_bound {least} lies above scale_max_upper_bound {most}"
+        elif self.scale_exact_match is not None and not least <= self.scale_exact_match <= most:
+            yield f"scale_exact_match {self.scale_exact_match} lies outside {least}..{most}"
 
 
 @dataclass(frozen=True)
@@ -280,3 +326,7 @@ class BackendConfig:
 
     def __repr__(self) -> str:
         return f"BackendConfig({self.name!r}, {len(self._configs)} patterns)"
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

@@ -7,6 +7,8 @@ and are read by their name, so that this file still imports when torch has delet
 
 from collections.abc import Callable
 from enum import Enum
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +81,29 @@ def canonical_qscheme(qscheme: object) -> QScheme:
 def is_integer(dtype: torch.dtype) -> bool:
     """Whether ``dtype`` is one that quantized values are stored in."""
     return dtype in _SHORT_NAMES
+
+
+def checked_scale(value: Any, name: str) -> float:
+    """A number that can be a scale: positive, and within float32's normal numbers.
+
+    Raises:
+        ConfigError: it can't be one.
+    """
+    limits = torch.finfo(torch.float32)
+    if isinstance(value, bool) or not isinstance(value, Real) or not limits.tiny <= float(value) <= limits.max:
+        raise ConfigError(f"{name} must be a positive number that float32 holds, found {value!r}")
+    return float(value)
+
+
+def checked_integer(value: Any, name: str) -> int:
+    """An integer, of Python or numpy.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} must be an integer, found {value!r}")
+    return int(value)
 
 
 def dtype_range(dtype: torch.dtype) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qcore.dtypes import QScheme
 from qcore.errors import ConfigError
+from qcore.migration import missing_from
 from qcore.observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -161,3 +162,7 @@ default_dynamic_qconfig = QConfig(
 default_weight_only_qconfig = QConfig(
     activation=default_placeholder_observer, weight=default_per_channel_weight_observer
 )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

@@ -4,6 +4,7 @@
 returns it, and printing it shows a table.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,12 @@ from dataclasses import dataclass, field, replace
 from qcore.backend_config import DTypeConfig
 from qcore.dtypes import dtype_name
 from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
+from qcore.table import natural_width, paragraph, table
+
+_HEADER = ("operator", "where", "runs in", "by rule", "how, or why not")
+
+#: In a table that is too wide, longer reasons than this are numbers.
+_LONG_REASON = 24
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Decision:
     Attributes:
         node: name of the node that gives the result.
         nodes: names of all nodes of the chain, in the order of execution.
-        operators: their operators' names.
+        operators: their operators' names; a clamp goes by that of the activation that it is, such as ``relu``.
         path: path of the module that the first of them stands for or is called in.
         quantized: whether it is computed on integers.
         rule: the rule of the mapping that chose its qconfig; empty if none did.
@@ -145,7 +152,7 @@ class QuantizationPlan:
         notes: what came up later, such as NaN in calibration.
         parts: paths of the modules that are graphs; empty if the whole model is one.
         python: the modules that stay Python.
-        other_weights: weights of convolutions and linear layers that no decision speaks of, as they are Python.
+        other_weights: weights that no decision speaks of, as what reads them stays Python.
     """
 
     backend: str
@@ -180,7 +187,10 @@ class QuantizationPlan:
 
     @property
     def weight_share(self) -> float:
-        """The share of the weights of convolutions and linear layers that are integers; 1 if there are none."""
+        """The share of the weights (parameters that operators and leaf modules multiply or look up) that are integers.
+
+        1 if there are none.
+        """
         total = sum(decision.weights for decision in self.decisions) + self.other_weights
         return sum(decision.weights for decision in self.quantized) / total if total else 1.0
 
@@ -198,30 +208,52 @@ class QuantizationPlan:
 
     def summary(self) -> str:
         """One line: how many operators went to integers, and how many stayed float for which reason."""
+        reasons = Counter(decision.reason for decision in self.floating)
+        return self._head() + "".join(f"; {count} float: {reason}" for reason, count in reasons.most_common())
+
+    def _head(self) -> str:
         total, quantized = len(self.decisions), len(self.quantized)
         shares = f"{self.multiply_add_share:.0%} of multiply-adds, {self.weight_share:.0%} of weights"
-        line = f"{self.backend}: {quantized} of {total} operators on integers ({shares})"
-        reasons = Counter(decision.reason for decision in self.floating)
-        return line + "".join(f"; {count} float: {reason}" for reason, count in reasons.most_common())
+        return f"{self.backend}: {quantized} of {total} operators on integers ({shares})"
 
     def __str__(self) -> str:
-        header = ("operator", "where", "runs in", "by rule", "how, or why not")
-        rows = [header, *(_row(decision) for decision in self.decisions)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
-        ]
-        lines.insert(1, "  ".join(["-" * width for width in widths] + ["-" * len(header[-1])]))
-        head = [self.summary(), *(str(module) for module in self.python)]
+        """The table, as wide as the terminal."""
+        return self.as_text(max(60, shutil.get_terminal_size((100, 24)).columns))
+
+    def as_text(self, width: int) -> str:
+        """A table of all decisions, with the summary above.
+
+        Args:
+            width: of a line; a long reason stands above the table, and is a number within.
+        """
+        rows = [_row(decision) for decision in self.decisions]
+        reasons = Counter(decision.reason for decision in self.floating)
+        others = dict.fromkeys(row[-1] for row in rows if row[-1] not in reasons and len(row[-1]) > _LONG_REASON)
+        is_wide = natural_width([_HEADER, *rows]) > width
+        long = [text for text in (*reasons, *others) if is_wide and len(text) > _LONG_REASON]
+        mark = {text: f"({number})" for number, text in enumerate(long, 1)}
+        head = [self._head()]
+        head += [f"  {count} float: {reason} {mark.get(reason, '')}".rstrip() for reason, count in reasons.items()]
+        head += [f"  {mark[text]} {text}" for text in others if text in mark]
+        head += [str(module) for module in self.python]
         if self.python:
             head.append(f"graphs: {', '.join(self.parts) or 'none'}")
-        return "\n".join([*head, "", *(line.rstrip() for line in lines), *(f"note: {n}" for n in self.notes)])
+        shown = [(*row[:-1], mark.get(row[-1], row[-1])) for row in rows]
+        return "\n".join(
+            [
+                *(line for text in head for line in paragraph(text, width)),
+                "",
+                *table(_HEADER, shown, width),
+                *(line for note in self.notes for line in paragraph(f"note: {note}", width)),
+            ]
+        )
 
 
 def joined_plan(
     plans: Mapping[str, QuantizationPlan],
     idle: Mapping[str, QuantizationPlan],
     python: Sequence[PythonModule],
+    calls: Sequence[Decision],
     other_weights: int,
 ) -> QuantizationPlan:
     """The plan of a model of which only parts are graphs.
@@ -230,6 +262,7 @@ def joined_plan(
         plans: of the parts, by path in the model.
         idle: of modules that could be parts, but in which nothing is quantized.
         python: the modules that stay Python.
+        calls: decisions for what they call.
         other_weights: of them.
 
     Returns:
@@ -238,7 +271,7 @@ def joined_plan(
     every = [*plans.values(), *idle.values()]
     return QuantizationPlan(
         backend=next((plan.backend for plan in every), ""),
-        decisions=tuple(decision for plan in every for decision in plan.decisions),
+        decisions=(*(decision for plan in every for decision in plan.decisions), *calls),
         notes=tuple(f"{path}: {note}" for path, plan in plans.items() for note in plan.notes),
         parts=tuple(plans),
         python=tuple(python),

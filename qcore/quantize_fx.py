@@ -4,22 +4,23 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import fx, nn
 
+from qcore.arguments import Problems, check_mode, checked_convert_config, checked_request
 from qcore.backend_config import BackendConfig
 from qcore.errors import (
     CalibrationError,
     ConfigError,
     NothingToQuantizeError,
     NotSupportedError,
+    QcoreWarning,
     TraceError,
-    TrainingModeError,
     UnsupportedQConfigError,
     UnsupportedQConfigWarning,
 )
+from qcore.fx.batches import CallForm
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
@@ -28,20 +29,25 @@ from qcore.fx.graph_module import (
     FloatFallback,
     PartialPreparation,
     QGraphModule,
+    copied_values,
+    partial_preparation,
+    preparations,
     submodule,
 )
-from qcore.fx.names import can_be_preserved
-from qcore.fx.parts import comparable, copy_of, find_parts, replace_modules
+from qcore.fx.hooks import compute_weights, makers_of_weights
+from qcore.fx.names import hidden_attributes
+from qcore.fx.parts import Parts, comparable, copy_of, find_parts, replace_modules
 from qcore.fx.patterns import config_problems
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import run_model
 from qcore.fx.tracer import trace
+from qcore.migration import missing_from
 from qcore.plugins.backend import Backend
 from qcore.plugins.manager import REFERENCE, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
-from qcore.quantization_plan import PythonModule, QuantizationPlan, joined_plan
+from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan, joined_plan
 
 OnUnsupported = Literal["error", "warn", "ignore"]
 
@@ -71,8 +77,8 @@ def prepare_fx(
         backend_config: a capability of your own, for the reference backend; or one that narrows ``backend``.
         backend: name of the backend to prepare for. By default: the reference backend if ``backend_config`` is given;
             else the backend whose default mapping this is; else the best installed one that this machine supports.
-        on_unsupported: what to do about a qconfig that the backend doesn't accept: raise, warn, or say so only in
-            ``explain(prepared)``. The operator stays float.
+        on_unsupported: what to do about a qconfig that the backend doesn't accept, and about a model in which nothing
+            can be quantized: raise, warn, or say so only in ``explain(prepared)``. What isn't accepted stays float.
         concrete_args: arguments by name to settle, as ``fx.Tracer.trace`` takes them; whatever isn't a tensor among the
             example inputs is settled anyway.
         tracer: traces the model in the place of qcore's own tracer; what it keeps whole stays whole.
@@ -86,8 +92,8 @@ def prepare_fx(
         ConfigError: names in the mapping that match nothing, observers that can't be built, wrong types; all at once.
         UnsupportedQConfigError: with ``on_unsupported="error"``.
         TrainingModeError: the model is in training mode.
-        NothingToQuantizeError: nothing in the model can be quantized as the mapping asks; with
-            ``on_unsupported="ignore"`` the plan is empty instead.
+        NothingToQuantizeError: nothing in the model can be quantized as the mapping asks, with
+            ``on_unsupported="error"``; else the plan is empty.
         ExampleInputsError: the model doesn't run on the example inputs.
         BackendError: the backend isn't installed, can't be loaded, or can't run on this machine.
         NotSupportedError: an argument that has no effect yet.
@@ -99,19 +105,19 @@ def prepare_fx(
         >>> convert_fx(prepared)(torch.randn(3, 4)).shape
         torch.Size([3, 2])
     """
-    mapping = _as_mapping(qconfig_mapping)
-    custom = _as_custom_config(prepare_custom_config)
-    _check_arguments(model, example_inputs, _equalization_config, on_unsupported)
-    traits = mapping.traits()
+    options = {
+        "backend": backend, "backend_config": backend_config, "on_unsupported": on_unsupported,
+        "concrete_args": concrete_args, "tracer": tracer,
+    }  # fmt: skip
+    request = checked_request(model, qconfig_mapping, example_inputs, prepare_custom_config, options)
+    if _equalization_config is not None:
+        raise NotSupportedError("_equalization_config isn't supported yet; leave it out")
+    mapping, resolver, custom = request.mapping, request.resolver, request.custom
     chosen = _choose_backend(backend, backend_config, mapping)
     config = backend_config if backend_config is not None else chosen.backend_config()
-    resolver = Resolver(mapping)
-    paths = [path for path, _ in model.named_modules()]
-    problems = resolver.unmatched_names(paths) + _unmatched_leaves(custom, paths) + _missing_attributes(model, custom)
-    if problems:
-        raise ConfigError(problems)
 
     args, kwargs = _call(example_inputs)
+    form = CallForm.of(model, args, kwargs)
     kwargs = {**kwargs, **(concrete_args or {})}
     if tracer is not None:
         model = _traced_by(tracer, model, concrete_args)
@@ -120,7 +126,7 @@ def prepare_fx(
         expected = run_model(model, args, kwargs)
     is_custom_config = backend_config is not None and backend is None
     preparer = Preparer(
-        resolver, traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
+        resolver, request.traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
         custom.preserved_attributes,
     )  # fmt: skip
     its_own = ("qcore_fusion_patterns", *(("qcore_backend_config",) if backend_config is None else ()))
@@ -130,14 +136,20 @@ def prepare_fx(
                 model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
             )
         prepared = {path: preparer.prepare(part) for path, part in found.parts.items()}
-    if resolver.unmatched_orders():
-        raise ConfigError(resolver.unmatched_orders())
-    _report(preparer.refusals, on_unsupported)
-    is_empty = not (preparer.quantizes_anything or preparer.refusals)
-    if is_empty and mapping.asks_for_quantization and on_unsupported != "ignore":
-        raise _nothing_to_quantize(model, found.python, list(preparer.plans.values()))
+    unmatched = resolver.unmatched_orders(found.calls)
+    if unmatched:
+        raise ConfigError(unmatched)
+    python_decisions = preparer.decide_python(found)
+    _report(preparer.broken_requests(), on_unsupported)
+    _warn_of_unmatched_types(resolver, model, found, on_unsupported)
+    is_empty = not (preparer.quantizes_anything or preparer.broken_requests())
+    if is_empty and mapping.asks_for_quantization:
+        decisions = [*python_decisions, *(d for plan in preparer.plans.values() for d in plan.decisions)]
+        _report_empty(model, found.python, decisions, on_unsupported)
     if "" in prepared:
-        result: nn.Module = prepared[""]
+        preparation = prepared[""].preparation
+        assert preparation is not None
+        result: nn.Module = prepared[""].with_preparation(replace(preparation, form=form))
     else:
         result = found.model
         idle = {path: plan for path, plan in preparer.plans.items() if not plan.quantized}
@@ -145,7 +157,9 @@ def prepare_fx(
             id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle
         }
         replace_modules(result, used)
-        result.__dict__[PARTIAL] = PartialPreparation("prepared", found.python, idle, found.other_weights)
+        result.__dict__[PARTIAL] = PartialPreparation(
+            "prepared", found.python, idle, python_decisions, found.other_weights, form
+        )
     if custom.guard_failure == "float":
         result = FloatFallback(result, copy_of(model))
     return result
@@ -226,9 +240,17 @@ def fuse_fx(
         TraceError: the model can't be traced.
         NotSupportedError: an argument that has no effect.
     """
+    problems = Problems()
+    problems.expect("model", model, nn.Module, "a torch.nn.Module")
+    if backend is not None:
+        problems.expect("backend", backend, str, "the name of a backend")
+    problems.raise_any()
     if fuse_custom_config is not None or backend_config is not None:
         raise NotSupportedError("fuse_fx takes no fuse_custom_config and no backend_config; name a backend=... instead")
-    _check_mode(model)
+    check_mode(model)
+    if any(makers_of_weights(module) for module in model.modules()):  # As a call would, which fuse_fx makes none of.
+        model = copy_of(model)
+        compute_weights(model)
     traced = trace(model)
     if backend is None:
         fused = fuse(traced, BATCH_NORM_FUSIONS)
@@ -260,31 +282,13 @@ def explain(model: nn.Module) -> QuantizationPlan:
     Raises:
         ConfigError: the model wasn't made by qcore.
     """
-    parts = _parts(model)
-    partial = _partial(model)
-    if not parts and partial is None:
+    plans = {path: preparation.plan for path, preparation in preparations(model).items()}
+    partial = partial_preparation(model)
+    if not plans and partial is None:
         raise ConfigError(f"explain needs a model that prepare_fx or convert_fx returned, found {type(model).__name__}")
-    plans = {path: part.preparation.plan for path, part in parts.items() if part.preparation is not None}
     if partial is None:
         return next(iter(plans.values()))
-    return joined_plan(plans, partial.idle, partial.python, partial.other_weights)
-
-
-def _parts(model: Any) -> dict[str, QGraphModule]:
-    """The graphs that qcore made, by path in ``model``."""
-    if not isinstance(model, nn.Module):
-        return {}
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, QGraphModule) and module.preparation is not None
-    }
-
-
-def _partial(model: Any) -> PartialPreparation | None:
-    inner = model.model if isinstance(model, FloatFallback) else model
-    found = getattr(inner, "__dict__", {}).get(PARTIAL)
-    return found if isinstance(found, PartialPreparation) else None
+    return joined_plan(plans, partial.idle, partial.python, partial.decisions, partial.other_weights)
 
 
 def _lowered(reference: QGraphModule) -> nn.Module:
@@ -299,6 +303,7 @@ def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str, memo
     """A copy of a prepared model with its parts replaced; what is replaced isn't copied."""
     if "" in new:
         return new[""]
+    memo.update(copied_values(model))
     memo.update({id(submodule(model, path)): part for path, part in new.items()})
     result = copy.deepcopy(model, memo)
     inner = result.model if isinstance(result, FloatFallback) else result
@@ -307,55 +312,7 @@ def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str, memo
     return result
 
 
-def _as_mapping(mapping: QConfigMapping | dict[str, Any]) -> QConfigMapping:
-    if isinstance(mapping, dict):
-        return QConfigMapping.from_dict(mapping)
-    if not isinstance(mapping, QConfigMapping):
-        found = f"{type(mapping).__module__}.{type(mapping).__name__}"
-        raise ConfigError(f"qconfig_mapping: expected a qcore.QConfigMapping, found {found}; import it from qcore")
-    return mapping
-
-
-def _as_custom_config(config: PrepareCustomConfig | dict[str, Any] | None) -> PrepareCustomConfig:
-    if isinstance(config, dict):
-        return PrepareCustomConfig.from_dict(config)
-    if config is not None and not isinstance(config, PrepareCustomConfig):
-        raise ConfigError(f"prepare_custom_config: expected a qcore.PrepareCustomConfig, found {type(config).__name__}")
-    return config or PrepareCustomConfig()
-
-
-def _check_arguments(model: Any, example_inputs: Any, equalization: Any, on_unsupported: str) -> None:
-    problems = []
-    if not isinstance(model, nn.Module):
-        problems.append(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(example_inputs, torch.Tensor) or not isinstance(example_inputs, (tuple, list, dict)):
-        problems.append(
-            "example_inputs: expected a tuple of positional arguments, a dictionary of keyword arguments or both in a "
-            f"tuple, found {type(example_inputs).__name__}; write (x,) for one input"
-        )
-    if on_unsupported not in ("error", "warn", "ignore"):
-        problems.append(f'on_unsupported: expected "error", "warn" or "ignore", found {on_unsupported!r}')
-    if problems:
-        raise ConfigError(problems)
-    if equalization is not None:
-        raise NotSupportedError("_equalization_config isn't supported yet; leave it out")
-    _check_mode(model)
-
-
-def _check_mode(model: nn.Module) -> None:
-    training = [path or "the model itself" for path, module in model.named_modules() if module.training]
-    if training:
-        listed = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
-        raise TrainingModeError(
-            f"post-training quantization needs a model in evaluation mode; in training mode are: {listed}. "
-            "Call model.eval() first"
-        )
-
-
 def _choose_backend(name: str | None, backend_config: BackendConfig | None, mapping: QConfigMapping) -> Backend:
-    if backend_config is not None and not isinstance(backend_config, BackendConfig):
-        found = f"{type(backend_config).__module__}.{type(backend_config).__name__}"
-        raise ConfigError(f"backend_config: expected a qcore.BackendConfig, found {found}; import it from qcore")
     problems = config_problems(backend_config) if backend_config is not None else []
     if problems:
         raise ConfigError(problems)
@@ -373,29 +330,6 @@ def _choose_backend(name: str | None, backend_config: BackendConfig | None, mapp
     if mapping.backend is not None:
         return get_available_backend(mapping.backend)
     return best_backend()
-
-
-def _unmatched_leaves(custom: PrepareCustomConfig, paths: Sequence[str]) -> list[str]:
-    return [
-        f"set_non_traceable_module_names: {name!r} is no module of the model"
-        for name in custom.non_traceable_module_names
-        if name not in paths
-    ]
-
-
-def _missing_attributes(model: nn.Module, custom: PrepareCustomConfig) -> list[str]:
-    names = custom.preserved_attributes
-    missing = [f"set_preserved_attributes: the model has no attribute {n!r}" for n in names if not hasattr(model, n)]
-    return missing + _hidden_attributes(names)
-
-
-def _hidden_attributes(names: Iterable[str]) -> list[str]:
-    return [
-        f"set_preserved_attributes: {name!r} is an attribute that every GraphModule has, which would hide the model's; "
-        "give it another name"
-        for name in names
-        if not can_be_preserved(name)
-    ]
 
 
 def _report(refusals: Iterable[Refusal], on_unsupported: OnUnsupported) -> None:
@@ -424,10 +358,10 @@ def _references(
     backend_config: BackendConfig | None,
 ) -> tuple[dict[str, QGraphModule], dict[int, Any]]:
     """The reference model of every part, by path, and the memo of what was copied for them."""
-    parts = _parts(prepared)
-    preparations = {path: part.preparation for path, part in parts.items() if part.preparation is not None}
-    other = next((p.stage for p in preparations.values() if p.stage != "prepared"), None)
-    if other is not None or not (parts or _partial(prepared)):
+    custom = checked_convert_config(custom)
+    parts = preparations(prepared)
+    other = next((p.stage for p in parts.values() if p.stage != "prepared"), None)
+    if other is not None or not (parts or partial_preparation(prepared)):
         stage = f"a {other} model" if other else type(prepared).__name__
         raise ConfigError(f"convert_fx needs what prepare_fx returned, found {stage}")
     if not remove_qconfig:
@@ -436,7 +370,7 @@ def _references(
         raise NotSupportedError("convert_fx(qconfig_mapping=...) isn't supported yet; give the mapping to prepare_fx")
     references, memo = {}, dict[int, Any]()
     empty: list[CalibrationError] = []
-    for path, preparation in preparations.items():
+    for path, preparation in parts.items():
         if backend_config is not None and backend_config != preparation.backend_config:
             raise ConfigError(
                 f"convert_fx got another backend_config ({backend_config!r}) than prepare_fx "
@@ -447,12 +381,14 @@ def _references(
             missing = [name for name in names if not hasattr(prepared, name)]
             if missing:
                 raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
-            if _hidden_attributes(names):
-                raise ConfigError(_hidden_attributes(names))
+            if hidden_attributes(names):
+                raise ConfigError(hidden_attributes(names))
             preparation = replace(preparation, preserved=names)
         kernels = get_available_backend(preparation.backend).observers()
         try:
-            references[path] = convert_to_reference(parts[path], preparation, kernels, memo)
+            part = submodule(prepared, path)
+            assert isinstance(part, QGraphModule)
+            references[path] = convert_to_reference(part, preparation, kernels, memo)
         except CalibrationError as error:
             empty.append(error)
     if empty:
@@ -472,8 +408,8 @@ def _joined_calibration_error(errors: list[CalibrationError], paths: list[str]) 
 
 def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
     inputs = tuple(example_inputs)
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs
@@ -495,15 +431,34 @@ def _traced_by(tracer: fx.Tracer, model: nn.Module, concrete_args: dict[str, Any
     return made
 
 
-def _nothing_to_quantize(
-    model: nn.Module, python: Sequence[PythonModule], plans: Sequence[QuantizationPlan]
-) -> NothingToQuantizeError:
+def _report_empty(
+    model: nn.Module, python: Sequence[PythonModule], decisions: Sequence[Decision], on_unsupported: OnUnsupported
+) -> None:
+    if on_unsupported == "ignore":
+        return
     reasons = [str(module) for module in python[:3]]
-    for plan in plans:
-        reasons.extend(f"{' + '.join(d.operators)} at {d.path or d.node}: {d.reason}" for d in plan.decisions[:3])
-    listed = "".join(f"\n  - {reason}" for reason in dict.fromkeys(reasons)) or " it has no operators"
-    return NothingToQuantizeError(
-        f"nothing in {type(model).__name__} can be quantized as the mapping asks:{listed}\n"
-        'Ask for other operators in the QConfigMapping, or take the float model: on_unsupported="ignore" gives an '
-        "empty plan"
+    reasons += [f"{' + '.join(d.operators)} at {d.path or d.node}: {d.reason}" for d in decisions]
+    reasons = list(dict.fromkeys(reasons))
+    more = f"\n  - and {len(reasons) - 9} more; explain(prepared) lists all" if len(reasons) > 9 else ""
+    listed = "".join(f"\n  - {reason}" for reason in reasons[:9]) + more or " it has no operators"
+    message = (
+        f"nothing in {type(model).__name__} can be quantized as the mapping asks, it stays float:{listed}\n"
+        "Ask for other operators in the QConfigMapping"
     )
+    if on_unsupported == "error":
+        raise NothingToQuantizeError(f'{message}, or take the float model with on_unsupported="warn" or "ignore"')
+    warnings.warn(message, UnsupportedQConfigWarning, stacklevel=3)
+
+
+def _warn_of_unmatched_types(resolver: Resolver, model: nn.Module, found: Parts, on_unsupported: OnUnsupported) -> None:
+    """Warn of types in the mapping of which the model has none: a rule for a family of models is no error."""
+    classes = {type(module) for module in model.modules()}
+    stay = {type(found.model.get_submodule(module.path)) for module in found.python}
+    problem = resolver.unmatched_types({kind for _, kind in found.calls} | stay, classes)
+    if problem and on_unsupported != "ignore":
+        where = "; functions that what stays Python calls aren't seen" if found.python else ""
+        warnings.warn(f"{problem}{where}", QcoreWarning, stacklevel=3)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

@@ -118,7 +118,7 @@ def layer(path):
     """The layers of the core, lowest first; a module imports only from its own layer or a lower one."""
     name = relative(path).removeprefix("qcore/")
     layers = [
-        ("errors.py", "_version.py"),
+        ("errors.py", "_version.py", "table.py", "migration.py"),
         ("dtypes.py", "ops.py", "replay/"),
         ("observer/",),
         ("qconfig.py", "backend_config.py"),
@@ -127,7 +127,7 @@ def layer(path):
         ("fx/",),
         ("kernel.py", "lowering.py", "lookup.py", "broadcast.py", "sums.py", "calibration.py"),
         ("plugins/",),
-        ("quantize_fx.py",),
+        ("arguments.py", "quantize_fx.py"),
         ("__init__.py", "testing/"),
     ]
     return next(number for number, names in enumerate(layers) if any(name.startswith(n) for n in names))
@@ -163,9 +163,20 @@ def test_the_public_surface_is_sorted_and_complete():
     assert qcore.__all__ == sorted(qcore.__all__)
     for name in qcore.__all__:
         assert getattr(qcore, name) is not None
-    modules = {"backend_config", "broadcast", "calibration", "dtypes", "errors", "fx", "kernel", "lookup", "lowering"}
+    modules = {
+        "arguments",
+        "backend_config",
+        "broadcast",
+        "calibration",
+        "dtypes",
+        "errors",
+        "fx",
+        "kernel",
+        "lookup",
+        "lowering",
+    }
     modules |= {"observer", "ops", "plugins", "qconfig", "qconfig_mapping", "quantization_plan", "quantize_fx"}
-    modules |= {"replay", "sums", "testing"}
+    modules |= {"migration", "replay", "sums", "table", "testing"}
     public = {name for name in vars(qcore) if not name.startswith("_")}
     assert public - modules == set(qcore.__all__) - {"__version__"}
 

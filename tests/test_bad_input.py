@@ -91,15 +91,27 @@ class Undecided(nn.Module):
         return -x
 
 
-def test_a_model_in_which_nothing_can_be_quantized_says_why():
+@pytest.mark.parametrize("traceable", [True, False])
+def test_a_model_in_which_nothing_can_be_quantized_says_why(traceable):
+    made = nn.Sequential(nn.Identity(), nn.LogSoftmax(1) if traceable else Undecided()).eval()
     with pytest.raises(errors.NothingToQuantizeError) as caught:
-        prepare(nn.Sequential(nn.Identity(), Undecided()).eval())
-    message = str(caught.value)
-    assert "nothing in Sequential can be quantized" in message and "test_bad_input.py" in message
-    assert "it decides by the data in gt" in message and "if x.sum() > 0" in message
-    prepared = prepare(nn.Sequential(nn.Identity(), Undecided()).eval(), on_unsupported="ignore")
-    assert qcore.explain(prepared).decisions == ()
-    assert prepared(torch.ones(2, 4)).shape == (2, 4)
+        prepare(made, on_unsupported="error")
+    with pytest.warns(errors.UnsupportedQConfigWarning) as warned:
+        prepared = prepare(made)
+    for message in (str(caught.value), str(warned[0].message)):
+        assert "nothing in Sequential can be quantized" in message
+        if traceable:
+            assert "LogSoftmax at 1: reference has no pattern for it" in message
+        else:
+            assert "it decides by the data in gt" in message and "if x.sum() > 0" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ignored = prepare(made, on_unsupported="ignore")
+    for model in (prepared, ignored):
+        (decision,) = qcore.explain(model).decisions
+        assert not decision.quantized and decision.reason
+        assert torch.equal(model(INPUTS[0]), made(INPUTS[0]))
+        assert torch.equal(qcore.convert_fx(model)(INPUTS[0]), made(INPUTS[0]))
 
 
 def test_fusing_a_model_that_cannot_be_traced_names_submodule_and_line():
@@ -134,7 +146,7 @@ def prepare_unsupported(on_unsupported):
 
 
 def test_a_qconfig_that_the_backend_does_not_accept_names_the_constraint():
-    where = r"linear \+ clamp at 0 \(rule object_type Linear\)"
+    where = r"linear \+ relu at 0 \(rule object_type Linear\)"
     reason = rf"{where}.*narrow doesn't accept its qconfig: input quant_max 255 > 127 \(quant_max_upper_bound\)"
     with pytest.raises(errors.UnsupportedQConfigError, match=reason) as caught:
         prepare_unsupported("error")
@@ -236,12 +248,85 @@ def test_wrong_types_are_all_listed():
     with pytest.raises(errors.ConfigError) as caught:
         qcore.prepare_fx("model", QConfigMapping(), 3, backend="reference", on_unsupported="maybe")
     assert len(caught.value.problems) == 3
-    with pytest.raises(errors.ConfigError, match="expected a qcore.QConfigMapping, found builtins.list"):
+    with pytest.raises(errors.ConfigError, match="expected a qcore.QConfigMapping, found list"):
         prepare(mapping=[])
     with pytest.raises(errors.ConfigError, match="expected a qcore.QConfig or None"):
         QConfigMapping().set_global(MinMaxObserver)
-    with pytest.raises(errors.ConfigError, match="found builtins.dict"):
+    with pytest.raises(errors.ConfigError, match="backend_config: expected a qcore.BackendConfig, found dict"):
         prepare(backend_config={})
+
+
+def test_all_problems_of_a_request_come_at_once():
+    mapping = {
+        "": MinMaxObserver, "object_type": [("Linear", INT8), (nn.ReLU(), INT8), (nn.Linear, INT8, 3)],
+        "module_name_regex": [("(", INT8)], "module_name": [(3, INT8)],
+        "module_name_object_type_order": [("", nn.Linear, -1, INT8)], "module": [],
+    }  # fmt: skip
+    custom = qcore.PrepareCustomConfig().set_non_traceable_module_names(["nope"]).set_preserved_attributes(["gone"])
+    with pytest.raises(errors.ConfigError) as caught:
+        qcore.prepare_fx(
+            model(), mapping, INPUTS[0], custom, backend_config=3, backend=4, on_unsupported="maybe",
+            concrete_args=[1], tracer=torch.fx.Tracer,
+        )  # fmt: skip
+    expected = [
+        "example_inputs: expected a tuple", "backend: expected the name of a backend, found int",
+        "backend_config: expected a qcore.BackendConfig, found int", "concrete_args: expected a dictionary",
+        "tracer: expected a torch.fx.Tracer, found the class Tracer", "on_unsupported: expected",
+        "unknown keys ['module']", "set_global: expected a qcore.QConfig",
+        "did you mean torch.nn.Linear?", "found an instance of ReLU; give ReLU itself", "wrong number of entries",
+        "'(' is no regular expression", "set_module_name: expected a string, found 3",
+        "expected the number of a call, from 0, found -1", "'nope' is no module", "no attribute 'gone'",
+    ]  # fmt: skip
+    assert len(caught.value.problems) == len(expected), caught.value
+    for text, problem in zip(expected, caught.value.problems, strict=True):
+        assert text in problem
+    assert isinstance(caught.value, ValueError)
+
+
+def test_problems_of_rules_and_of_observers_come_together():
+    wrong = QConfig(MinMaxObserver.with_args(eps=-1), MinMaxObserver)
+    mapping = QConfigMapping().set_module_name("9", wrong).set_module_name("", INT8)
+    mapping.set_module_name_object_type_order("8", nn.Linear, 0, INT8)
+    with pytest.raises(errors.ConfigError) as caught:
+        prepare(mapping=mapping)
+    assert [problem.split(":")[0].split(" matches")[0] for problem in caught.value.problems] == [
+        "module_name '9', activation", "set_module_name('9')",
+        "set_module_name('') names the model itself; say set_global",
+        "set_module_name_object_type_order('8', Linear, 0)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setter", "value"),
+    [
+        ("set_non_traceable_module_names", "0.1"), ("set_non_traceable_module_names", [nn.Linear]),
+        ("set_non_traceable_module_classes", nn.Linear), ("set_non_traceable_module_classes", ["Linear"]),
+        ("set_preserved_attributes", "name"), ("set_preserved_attributes", 3),
+    ],
+)  # fmt: skip
+def test_a_custom_config_takes_lists(setter, value):
+    with pytest.raises(errors.ConfigError, match=f"{setter}: expected a list of "):
+        getattr(qcore.PrepareCustomConfig(), setter)(value)
+    if setter == "set_preserved_attributes":
+        with pytest.raises(errors.ConfigError, match="expected a list of names"):
+            qcore.convert_fx(calibrated(), {"preserved_attributes": value})
+
+
+def test_wrong_types_given_to_convert_and_fuse():
+    for verb in (qcore.convert_fx, qcore.convert_to_reference_fx):
+        with pytest.raises(errors.ConfigError, match="convert_custom_config: expected a qcore.ConvertCustomConfig"):
+            verb(calibrated(), qcore.PrepareCustomConfig())
+        with pytest.raises(errors.ConfigError, match=r"unknown keys \['x'\] in the custom config"):
+            verb(calibrated(), {"x": 1})
+    with pytest.raises(errors.ConfigError) as caught:
+        qcore.fuse_fx("model", backend=3)
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("version", [1, 99, -1, "0", None, 0.0, True])
+def test_a_version_of_a_default_mapping_that_there_is_not(installed_backend, version):
+    with pytest.raises(errors.ConfigError, match=f"{installed_backend}.*has no version .*; it has: 0"):
+        qcore.get_default_qconfig_mapping(installed_backend, version=version)
 
 
 def test_a_pattern_config_without_pattern_or_dtypes():
@@ -277,3 +362,51 @@ def test_dropping_is_never_silent():
     plan = qcore.explain(prepare(Mixed().eval()))
     assert all(d.quantized or d.reason for d in plan.decisions)
     assert len(plan.floating) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quant_min_lower_bound": 10, "quant_max_upper_bound": 5}, r"the range 10\.\.5 must hold two integers"),
+        ({"quant_min_lower_bound": 5, "quant_max_upper_bound": 5}, r"the range 5\.\.5 must hold two integers"),
+        ({"quant_max_upper_bound": 256}, r"the range 0\.\.256 .* fit uint8"),
+        ({"quant_min_lower_bound": -1}, r"the range -1\.\.255 .* fit uint8"),
+        ({"quant_min_lower_bound": 0.5}, "quant_min_lower_bound must be a whole number"),
+        ({"quant_max_upper_bound": float("nan")}, "quant_max_upper_bound must be a whole number"),
+        ({"zero_point_exact_match": 300}, r"zero_point_exact_match 300 lies outside the range 0\.\.255"),
+        ({"zero_point_exact_match": 100, "quant_max_upper_bound": 9}, r"lies outside the range 0\.\.9"),
+        ({"zero_point_exact_match": 0.5}, "zero_point_exact_match must be a whole number"),
+        ({"ch_axis": "0"}, "ch_axis must be a whole number"),
+        ({"scale_min_lower_bound": 2, "scale_max_upper_bound": 1}, "scale_min_lower_bound 2 lies above"),
+        ({"scale_exact_match": 2, "scale_max_upper_bound": 1}, r"scale_exact_match 2 lies outside 0\.0\.\.1"),
+    ],
+)
+def test_constraints_that_nothing_can_meet(arguments, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        qcore.DTypeWithConstraints(torch.uint8, **arguments)
+
+
+def test_all_that_is_wrong_with_constraints_comes_at_once():
+    with pytest.raises(errors.ConfigError) as caught:
+        qcore.DTypeWithConstraints(torch.quint8, 9, 3, 5.0, 4.0, zero_point_exact_match=20)
+    assert len(caught.value.problems) == 3
+    qcore.DTypeWithConstraints(torch.float32, 0.0, 255.0, 2**-12)  # As torch.ao's own configs have them.
+
+
+@pytest.mark.parametrize(
+    "value", [None, [INPUTS[0]], 3, "text", {"x": INPUTS[0]}], ids=["None", "list", "int", "str", "dict"]
+)
+def test_an_argument_that_is_no_tensor_is_named(installed_backend, value):
+    mapping = qcore.get_default_qconfig_mapping(installed_backend)
+    prepared = qcore.prepare_fx(model(), mapping, INPUTS)
+    message = f"argument input of the model must be a tensor, .*found {type(value).__name__}"
+    with pytest.raises(errors.GuardError, match=message):
+        prepared(value)
+    prepared(*INPUTS)
+    for converted in (qcore.convert_fx(prepared), qcore.convert_to_reference_fx(prepared)):
+        for _ in range(4):
+            converted(*INPUTS)
+        with pytest.raises(errors.GuardError, match=message):
+            converted(value)
+        with pytest.raises(errors.GuardError, match=message):
+            converted(input=value)

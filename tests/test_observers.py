@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcore import (
+    DTypeWithConstraints,
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
@@ -431,3 +432,52 @@ def test_a_histogram_takes_no_memory_before_any_data_and_loads_with_it():
     assert used.histogram.sum() == 3
     with pytest.raises(ConfigError, match="has 64 bins in the state_dict, and 32 here"):
         HistogramObserver(bins=32).load_state_dict(fresh.state_dict())
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, -1e-3, math.nan, math.inf, 1e-50, 1e39, "0.1", True, torch.tensor(0.1)])
+def test_what_can_be_no_scale_is_refused(value):
+    for make in (
+        lambda: MinMaxObserver(eps=value),
+        lambda: HistogramObserver(eps=value),
+        lambda: FixedQParamsObserver(scale=value, zero_point=0),
+        lambda: DTypeWithConstraints(scale_min_lower_bound=value),
+        lambda: DTypeWithConstraints(scale_max_upper_bound=value),
+        lambda: DTypeWithConstraints(scale_exact_match=value),
+    ):
+        with pytest.raises(ConfigError, match=r"(eps|scale\w*) must be a positive number that float32 holds, found"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MinMaxObserver(quant_min=5, quant_max=5), r"the range 5\.\.5 must hold 0"),
+        (lambda: MinMaxObserver(quant_min=0, quant_max=0), r"the range 0\.\.0 must hold 0"),
+        (lambda: MinMaxObserver(quant_min=0, quant_max=256), r"fit uint8 \(0\.\.255\)"),
+        (lambda: MinMaxObserver(dtype=torch.int8, quant_min=-129, quant_max=1), r"fit int8 \(-128\.\.127\)"),
+        (lambda: MinMaxObserver(quant_min=0.5, quant_max=9), "quant_min must be an integer, found 0.5"),
+        (lambda: MinMaxObserver(quant_min=0, quant_max="9"), "quant_max must be an integer, found '9'"),
+        (lambda: FixedQParamsObserver(0.1, 256), r"zero_point 256 lies outside the range 0\.\.255"),
+        (lambda: FixedQParamsObserver(0.1, -1), r"zero_point -1 lies outside the range 0\.\.255"),
+        (lambda: FixedQParamsObserver(0.1, 9, dtype=torch.int8, quant_min=-8, quant_max=7), "outside the range -8..7"),
+        (lambda: FixedQParamsObserver(0.1, 1.5), "zero_point must be an integer, found 1.5"),
+        (lambda: MovingAverageMinMaxObserver(averaging_constant=0), "averaging_constant must lie within"),
+        (lambda: MovingAverageMinMaxObserver(averaging_constant=math.nan), "averaging_constant must lie within"),
+        (lambda: MovingAveragePerChannelMinMaxObserver(averaging_constant=2), "averaging_constant must lie within"),
+        (lambda: HistogramObserver(bins=1), "bins must be 2 at least, found 1"),
+        (lambda: HistogramObserver(bins=2.5), "bins must be an integer"),
+        (lambda: PerChannelMinMaxObserver(ch_axis="0"), "ch_axis must be an integer"),
+        (lambda: PerChannelMinMaxObserver(rounding="up"), "rounding must be .*, found 'up'"),
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense_are_refused_when_an_observer_is_made(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_integers_and_numbers_of_numpy_are_taken():
+    np = pytest.importorskip("numpy")
+    observer = MinMaxObserver(quant_min=np.int64(0), quant_max=np.int32(7), eps=np.float32(0.5))
+    assert (observer.quant_min, observer.quant_max, observer.eps) == (0, 7, 0.5)
+    assert type(observer.quant_max) is int
+    assert FixedQParamsObserver(np.float64(0.5), np.int8(3)).zero_point == 3

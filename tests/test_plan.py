@@ -1,5 +1,7 @@
 """What is decided for each operator and each value."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,31 +62,45 @@ def conv(**arguments):
 
 
 def test_a_clamp_after_an_operator_is_observed_after_and_not_before():
-    for clamp in (nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2)):
+    for clamp, name in ((nn.ReLU(), "relu"), (nn.ReLU6(), "relu6"), (nn.Hardtanh(-1, 2), "hardtanh")):
         prepared = prepare(nn.Sequential(conv(), clamp, nn.Hardtanh(-0.5, 0.5)).eval())
         assert observed(prepared) == [("input_1", 0), ("_2", 1)]
         (decision,) = qcore.explain(prepared).decisions
-        assert decision.operators == ("conv2d", "clamp", "clamp")
+        assert decision.operators == ("conv2d", name, "hardtanh")
+
+
+@pytest.mark.parametrize(
+    ("clamp", "name"),
+    [
+        (F.relu, "relu"), (torch.relu, "relu"), (lambda x: x.relu(), "relu"), (lambda x: x.relu_(), "relu"),
+        (lambda x: x.clamp(min=0), "relu"), (F.relu6, "relu6"), (lambda x: x.clamp(0, 6), "relu6"),
+        (lambda x: F.hardtanh(x, 0, 6), "hardtanh"), (lambda x: F.hardtanh_(x, -2, 2), "hardtanh"),
+        (lambda x: x.clamp(-1, 1), "clamp"), (lambda x: x.clamp(max=6), "clamp"),
+    ],
+)  # fmt: skip
+def test_a_clamp_reads_as_the_activation_that_it_is(clamp, name):
+    plan = qcore.explain(prepare(model(lambda m, x: clamp(m.a(x)), a=conv())))
+    assert [d.operators for d in plan.decisions] == [("conv2d", name)]
 
 
 def test_a_clamp_of_something_read_twice_stays():
     prepared = prepare(model(lambda m, x: F.relu(m.a(x)) + m.a(x), a=conv()))
     assert [d.operators for d in qcore.explain(prepared).decisions][-1] == ("add",)
     twice = prepare(model(lambda m, x: (lambda y: F.relu6(y) + y)(m.a(x)), a=conv()))
-    assert [d.operators for d in qcore.explain(twice).decisions] == [("conv2d",), ("clamp",), ("add",)]
+    assert [d.operators for d in qcore.explain(twice).decisions] == [("conv2d",), ("relu6",), ("add",)]
 
 
 def test_a_clamp_that_a_rule_says_stays_float_is_not_absorbed():
     mapping = QConfigMapping().set_global(OPEN).set_object_type(nn.ReLU6, None)
     plan = qcore.explain(prepare(nn.Sequential(conv(), nn.ReLU6()).eval(), mapping))
-    assert [(d.operators, d.quantized) for d in plan.decisions] == [(("conv2d",), True), (("clamp",), False)]
+    assert [(d.operators, d.quantized) for d in plan.decisions] == [(("conv2d",), True), (("relu6",), False)]
     assert plan.floating[0].reason == "rule object_type ReLU6 says float"
 
 
 def test_a_clamp_that_no_rule_names_goes_with_its_operator():
     mapping = QConfigMapping().set_object_type(nn.Conv2d, OPEN)
     (decision,) = qcore.explain(prepare(nn.Sequential(conv(), nn.ReLU()).eval(), mapping)).decisions
-    assert decision.operators == ("conv2d", "clamp") and decision.quantized
+    assert decision.operators == ("conv2d", "relu") and decision.quantized
 
 
 def test_a_residual_block():
@@ -386,12 +402,47 @@ def test_a_float_output_is_used_where_only_the_caller_reads_it():
 
 def test_the_plan_prints_a_line_for_every_decision():
     plan = qcore.explain(prepare(nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(2), nn.LogSoftmax(1)).eval()))
-    text = str(plan)
+    text = plan.as_text(100)
     shares = "(100% of multiply-adds, 100% of weights)"
     saving = "it has no weights, and integers wouldn't save a conversion here"
     head = (
         f"reference: 1 of 3 operators on integers {shares}; 1 float: {saving}; 1 float: reference has no pattern for it"
     )
-    assert text.splitlines()[0] == head
-    for part in ("conv2d + clamp", "avg_pool2d", "LogSoftmax", "global"):
+    assert plan.summary() == head
+    assert text.splitlines()[:3] == [
+        f"reference: 1 of 3 operators on integers {shares}", f"  1 float: {saving} (1)",
+        "  1 float: reference has no pattern for it (2)",
+    ]  # fmt: skip
+    for part in ("conv2d + relu", "avg_pool2d", "LogSoftmax", "global"):
         assert part in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_fits_and_loses_nothing(width):
+    deep = nn.Sequential(nn.Linear(4, 4), nn.ReLU6(), nn.LayerNorm(4))
+    for name in ("attention_output_of_a_transformer", "encoder_layers", "bert_model"):
+        deep = nn.Sequential(OrderedDict([(name, deep)]))
+    mapping = QConfigMapping().set_global(OPEN).set_module_name_regex("bert_model[.]encoder_layers[.].*", OPEN)
+    plan = qcore.explain(prepare(deep.eval(), mapping, (2, 4)))
+    lines = plan.as_text(width).splitlines()
+    assert max(map(len, lines)) <= width
+    (rule,) = (line for line in lines if set(line) == {"-", " "})
+    # What goes on in the next lines of a cell is all there.
+    start = lines.index(rule) + 1
+    ends = [len(rule[:at].rstrip()) for at in range(1, len(rule)) if rule[at - 1 : at + 1] == " -"]
+    cells, before = [], 0
+    for end in [*ends, len(rule)]:
+        cells.append("".join(line[before:end] for line in lines[start:]).replace(" ", ""))
+        before = end
+    assert cells[0] == "linear+relu6[readbyanoperator]LayerNorm"
+    path = "bert_model.encoder_layers.attention_output_of_a_transformer"
+    assert cells[1] == f"{path}.0{path}.2"
+    assert cells[3] == "module_name_regex'bert_model[.]encoder_layers[.].*'" * 2
+    assert cells[4] == ("referencereferencehasnopatternforit" if width == 200 else "reference(1)")
+
+
+def test_printing_is_as_wide_as_the_terminal(monkeypatch):
+    plan = qcore.explain(prepare(nn.Sequential(nn.Linear(4, 4), nn.LogSoftmax(1)).eval(), shape=(2, 4)))
+    for columns, width in ((80, 80), (20, 60), (150, 150)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert str(plan) == plan.as_text(width)

@@ -69,13 +69,19 @@ def _check_calibration(observers: dict[int, ObserverBase], plan: QuantizationPla
     if empty:
         watched = {o.tensor: o.value for o in reversed(plan.observations)}
         values = {name: watched[number] for number, name in plan.observers.items()}
-        listed = ", ".join(f"{name} (output of {values[name]})" for name in empty[:5])
+        counts = {plan.observers[number]: observer.nonfinite_count for number, observer in observers.items()}
+        seen = [f"{name} (output of {values[name]}){_only_nonfinite(counts[name])}" for name in empty]
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        what = "no finite data" if any(counts[name] for name in empty) else "no data"
         raise CalibrationError(
-            f"{len(empty)} of {len(observers)} observers saw no data: {listed}{more}. Run the prepared model on "
-            "representative inputs before convert_fx: with torch.no_grad(): prepared(batch)",
+            f"{len(empty)} of {len(observers)} observers saw {what}: {', '.join(seen[:5])}{more}. Run the prepared "
+            "model on representative inputs before convert_fx: with torch.no_grad(): prepared(batch)",
             empty,
         )
+
+
+def _only_nonfinite(count: int) -> str:
+    return f", which met {count} values, all NaN or infinite" if count else ""
 
 
 def _all_qparams(observers: dict[int, ObserverBase]) -> dict[int, tuple[Tensor, Tensor]]:

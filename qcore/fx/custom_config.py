@@ -1,11 +1,12 @@
 """PrepareCustomConfig and ConvertCustomConfig: exceptions to the rules, with torch.ao's names."""
 
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
 from qcore.errors import ConfigError, NotSupportedError
+from qcore.migration import missing_from
 
 
 class PrepareCustomConfig:
@@ -26,17 +27,18 @@ class PrepareCustomConfig:
 
     def set_non_traceable_module_names(self, module_names: Sequence[str]) -> Self:
         """Keep the modules at these paths whole and float."""
-        self.non_traceable_module_names = list(module_names)
+        self.non_traceable_module_names = _listed("set_non_traceable_module_names", module_names, str, "module paths")
         return self
 
     def set_non_traceable_module_classes(self, module_classes: Sequence[type[nn.Module]]) -> Self:
         """Keep modules of these classes whole and float."""
-        self.non_traceable_module_classes = list(module_classes)
+        classes = _listed("set_non_traceable_module_classes", module_classes, type, "module classes")
+        self.non_traceable_module_classes = classes
         return self
 
     def set_preserved_attributes(self, attributes: Sequence[str]) -> Self:
         """Carry these attributes of the model over to the prepared and the converted one."""
-        self.preserved_attributes = list(attributes)
+        self.preserved_attributes = _listed("set_preserved_attributes", attributes, str, "names")
         return self
 
     def set_guard_failure(self, action: str) -> Self:
@@ -93,12 +95,8 @@ class PrepareCustomConfig:
             "standalone_module_class": "set_standalone_module_class",
             "float_to_observed_custom_module_class": "set_float_to_observed_mapping",
         }
-        unknown = [key for key in config if key not in setters]
-        if unknown:
-            raise ConfigError(f"unknown keys {unknown} in the custom config; known are {list(setters)}")
         made = cls()
-        for key, value in config.items():
-            getattr(made, setters[key])(value)
+        _set_all(made, config, setters)
         return made
 
 
@@ -114,12 +112,45 @@ class ConvertCustomConfig:
 
     def set_preserved_attributes(self, attributes: Sequence[str]) -> Self:
         """Carry these attributes of the prepared model over to the converted one."""
-        self.preserved_attributes = list(attributes)
+        self.preserved_attributes = _listed("set_preserved_attributes", attributes, str, "names")
         return self
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """A config from torch.ao's dictionary form.
+
+        Raises:
+            ConfigError: a key isn't a known one.
+            NotSupportedError: a key is known and not supported yet.
+        """
+        made = cls()
+        setters = {
+            "preserved_attributes": "set_preserved_attributes",
+            "observed_to_quantized_custom_module_class": "set_observed_to_quantized_mapping",
+        }
+        _set_all(made, config, setters)
+        return made
 
     def set_observed_to_quantized_mapping(self, *_arguments: Any, **_keywords: Any) -> Self:
         """Not yet: custom modules."""
         raise NotSupportedError("ConvertCustomConfig.set_observed_to_quantized_mapping isn't supported yet")
+
+
+def _set_all(made: object, config: dict[str, Any], setters: dict[str, str]) -> None:
+    unknown = [key for key in config if key not in setters]
+    if unknown:
+        raise ConfigError(f"unknown keys {unknown} in the custom config; known are {list(setters)}")
+    for key, value in config.items():
+        getattr(made, setters[key])(value)
+
+
+def _listed(setter: str, values: Any, kind: type, wanted: str) -> list[Any]:
+    """The values as a list, if all are of a kind; a bare string is no list of names."""
+    is_list = isinstance(values, Iterable) and not isinstance(values, (str, type))
+    items = list(values) if is_list else []
+    if not is_list or not all(isinstance(item, kind) for item in items):
+        raise ConfigError(f"{setter}: expected a list of {wanted}, found {values!r}")
+    return items
 
 
 def _not_yet(setter: str) -> NotSupportedError:
@@ -127,3 +158,7 @@ def _not_yet(setter: str) -> NotSupportedError:
         f"PrepareCustomConfig.{setter} isn't supported yet. To keep a submodule float and whole, use "
         "set_non_traceable_module_names; to keep it float, set_module_name(path, None) in the QConfigMapping"
     )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

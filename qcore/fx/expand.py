@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qcore.fx.graph_module import QGraphModule, get_attribute, set_tensor
+from qcore.fx.hooks import hook_of
 from qcore.fx.names import free_target
 from qcore.fx.nodes import drop_unread, new_node
 from qcore.fx.operators import CHUNK, LINEAR, MATMUL, RESHAPE, SOFTMAX, TRANSPOSE, operator_of
@@ -103,6 +104,8 @@ def _attention(module: QGraphModule, node: fx.Node) -> bool:
         return False
     attention = module.get_submodule(str(node.target))
     if type(attention) is not nn.MultiheadAttention or attention.bias_k is not None or attention.add_zero_attn:
+        return False
+    if any(hook_of(inner) for inner in (attention, attention.out_proj)):
         return False
     if any(user.target is not operator.getitem or user.args[1] not in (0, 1) for user in node.users):
         return False

@@ -476,8 +476,11 @@ _module(INTERPOLATE, _interpolate, nn.UpsamplingNearest2d, "size scale_factor mo
 _module(INTERPOLATE, _interpolate, nn.UpsamplingBilinear2d, "size scale_factor mode align_corners")
 _module(PIXEL_SHUFFLE, _factor(PIXEL_SHUFFLE), nn.PixelShuffle, "upscale_factor")
 _module(PIXEL_UNSHUFFLE, _factor(PIXEL_UNSHUFFLE), nn.PixelUnshuffle, "downscale_factor")
+
+#: Modules that hand on what they get, in evaluation mode.
+PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _module(None, _identity, nn.Identity)
-for _dropout_module in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout):
+for _dropout_module in PASSING[1:]:
     _module(None, _dropout, _dropout_module, "p training")
 
 

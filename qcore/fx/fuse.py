@@ -124,6 +124,7 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     args[op.weight], args[op.bias] = new_weight, new_bias
     weighted.args = tuple(args)
     norm.replace_all_uses_with(weighted)
+    weighted.meta["folded"] = (*weighted.meta.get("folded", ()), *filter(None, [norm.meta.get("origin")]))
     module.graph.erase_node(norm)
     for node in dict.fromkeys(present):
         assert isinstance(node, fx.Node)

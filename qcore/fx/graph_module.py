@@ -16,8 +16,9 @@ from torch.compiler import is_dynamo_compiling
 from qcore.backend_config import BackendConfig
 from qcore.dtypes import same_dtype
 from qcore.errors import GuardError, NotSupportedError
+from qcore.fx.batches import CallForm
 from qcore.fx.nodes import copied_graph
-from qcore.quantization_plan import PythonModule, QuantizationPlan
+from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Preparation:
         path: of the module in the user's model that this is a part of; ``""`` is the whole model.
         owner: the name of that module's class.
         inputs: the name and the dtype of each tensor that the graph takes, in order.
+        form: of the call with the example inputs, for the whole model.
     """
 
     stage: str
@@ -45,6 +47,7 @@ class Preparation:
     path: str = ""
     owner: str = "the model"
     inputs: tuple[tuple[str, torch.dtype], ...] = ()
+    form: CallForm | None = None
 
     def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
         """The same, at another stage."""
@@ -59,13 +62,17 @@ class PartialPreparation:
         stage: as in :class:`Preparation`.
         python: the modules that aren't graphs.
         idle: plans of modules that could be graphs, but in which nothing is quantized, by path; they were left alone.
-        other_weights: weights of convolutions and linear layers outside of all graphs.
+        decisions: for what those modules call that is no graph and has no modules inside.
+        other_weights: weights of which no decision speaks.
+        form: of the call with the example inputs.
     """
 
     stage: str
     python: tuple[PythonModule, ...]
     idle: Mapping[str, QuantizationPlan]
+    decisions: tuple[Decision, ...]
     other_weights: int
+    form: CallForm
 
 
 #: Where a model that stays Python keeps its :class:`PartialPreparation`.
@@ -229,6 +236,24 @@ class FloatFallback(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # The float model is called with the same inputs as the other, which keeps its dtypes.
         return super()._apply(same_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def preparations(model: Any) -> dict[str, Preparation]:
+    """What qcore knows about the graphs in a model, by path; empty for what it didn't make."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        path: module.preparation
+        for path, module in model.named_modules()
+        if isinstance(module, QGraphModule) and module.preparation is not None
+    }
+
+
+def partial_preparation(model: Any) -> PartialPreparation | None:
+    """What qcore knows about a model that stays Python; ``None`` for any other."""
+    inner = model.model if isinstance(model, FloatFallback) else model
+    found = getattr(inner, "__dict__", {}).get(PARTIAL)
+    return found if isinstance(found, PartialPreparation) else None
 
 
 class _ForwardWhenAsked:
@@ -437,9 +462,20 @@ def delete_tensor(module: nn.Module, target: str) -> None:
     del (owner._parameters if name in owner._parameters else owner._buffers)[name]
 
 
+def copied_values(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy with the tensors that modules keep and that were computed, which deepcopy refuses."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
 def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
     """Replace modules that ``module`` shares with another, which it calls whole, by copies."""
     theirs = {id(other) for other in foreign.modules()}
+    memo.update(copied_values(foreign))
     pending = [module]
     while pending:
         owner = pending.pop()

@@ -28,6 +28,16 @@ def can_be_preserved(name: str) -> bool:
     return name not in own_names() and name not in vars(nn.Module()).keys() - {"training"} and name != "forward"
 
 
+def hidden_attributes(names: Iterable[str]) -> list[str]:
+    """A sentence for every name of an attribute that can't be preserved."""
+    return [
+        f"set_preserved_attributes: {name!r} is an attribute that every GraphModule has, which would hide the model's; "
+        "give it another name"
+        for name in names
+        if not can_be_preserved(name)
+    ]
+
+
 def qparams_targets(name: str) -> tuple[str, str]:
     """The scale and the zero point of qparams of this name: buffers of a module that holds nothing else."""
     return f"{name}.scale", f"{name}.zero_point"

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcore.errors import TraceError
-from qcore.fx.forms import MODULES
-from qcore.fx.graph_module import QGraphModule, submodule
+from qcore.fx.costs import module_weights
+from qcore.fx.forms import MODULES, PASSING
+from qcore.fx.graph_module import QGraphModule, copied_values, submodule
 from qcore.fx.names import own_names
 from qcore.fx.shapes import copied, difference, propagate_examples
 from qcore.fx.signature import CallSignature, NotConstantError
-from qcore.fx.tracer import trace
+from qcore.fx.tracer import Origin, trace
 from qcore.qconfig_mapping import ObjectType
 from qcore.quantization_plan import PythonModule
 
@@ -49,6 +50,23 @@ class Part:
     kept: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class PythonCall:
+    """A call of a module without modules inside, from a module that stays Python.
+
+    Attributes:
+        origin: as for a call in a graph.
+        is_leaf: whether it is torch's own or one that the user wants whole, and so would be a leaf in a graph, too.
+        reason: why that module itself isn't a graph; empty if it was never tried.
+        weights: numbers in its weights; 0 for any call but the first.
+    """
+
+    origin: Origin
+    is_leaf: bool
+    reason: str
+    weights: int
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What became of a model.
@@ -56,13 +74,17 @@ class Parts:
     Attributes:
         model: the model itself where it is one part, else a copy whose modules the parts are of.
         parts: by path; ``""`` is the whole model.
+        calls: how often each type was called in each module, but for functions in what stays Python.
         python: the modules that stay Python.
-        other_weights: weights of convolutions and linear layers outside of all parts.
+        python_calls: what they call that is no part and has no modules inside.
+        other_weights: weights outside of all parts and of those calls.
     """
 
     model: nn.Module
     parts: dict[str, Part]
+    calls: "Counter[tuple[str, ObjectType]]"
     python: tuple[PythonModule, ...] = ()
+    python_calls: tuple[PythonCall, ...] = ()
     other_weights: int = 0
 
 
@@ -85,15 +107,16 @@ def find_parts(
         leaf_classes: classes of such modules.
     """
     leaf_names, leaf_classes = (*leaf_names, *_leaves_of_graph(model)), tuple(leaf_classes)
+    calls: Counter[tuple[str, ObjectType]] = Counter()
     try:
         with same_random_numbers():
             signature = CallSignature.of(model, args, kwargs, type(model).__name__)
             examples = signature.bind(args, kwargs)
-            graph = trace(model, leaf_names, leaf_classes, signature, examples, copies=False)
+            graph = trace(model, leaf_names, leaf_classes, signature, examples, calls=calls, copies=False)
         with same_random_numbers():
             problem = difference(expected, propagate_examples(graph, examples))
         if not problem:
-            return Parts(model, {"": Part("", model, graph, signature, examples)})
+            return Parts(model, {"": Part("", model, graph, signature, examples)}, calls)
         reason = PythonModule("", type(model).__name__, f"replayed on the example inputs, {problem}")
     except Exception as error:
         reason = _reason("", model, error)
@@ -110,9 +133,9 @@ def find_parts(
         closed.update(news)
     python = [reason, *finder.python.values()]
     inside = {id(module) for part in finder.parts.values() for module in part.module.modules()}
-    outside = [m for m in own.modules() if id(m) not in inside and type(m) in _WEIGHTED]
-    other_weights = sum(parameter.numel() for m in outside for parameter in m.parameters() if parameter.dim() > 1)
-    return Parts(own, finder.parts, tuple(python), other_weights)
+    inside.update(id(module) for noted in finder.noted.values() for module in noted.modules())
+    other_weights = sum(module_weights(m, recurse=False) for m in own.modules() if id(m) not in inside)
+    return Parts(own, finder.parts, finder.calls, tuple(python), tuple(finder.python_calls), other_weights)
 
 
 def _leaves_of_graph(model: nn.Module) -> list[str]:
@@ -125,12 +148,7 @@ def _leaves_of_graph(model: nn.Module) -> list[str]:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, also of models that hold tensors computed from parameters, which deepcopy refuses."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, copied_values(model))
 
 
 class _Finder:
@@ -151,14 +169,17 @@ class _Finder:
         self.python: dict[str, PythonModule] = {}
         self.calls: Counter[tuple[str, ObjectType]] = Counter()
         self.opened_late: dict[str, str] = {}
+        self.python_calls: list[PythonCall] = []
+        self.noted: dict[str, nn.Module] = {}
         self.is_inside = False
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        probed = [(path, module) for path, module in self.model.named_modules() if path and _is_probable(module)]
+        probed = [(path, module) for path, module in self.model.named_modules() if path and self.is_watched(module)]
         own = {path: module.__dict__.get("forward") for path, module in probed}
         try:
             for path, module in probed:
-                module.__dict__["forward"] = self.prober(path, module, module.forward)
+                watch = self.prober if _is_probable(module) else self.noter
+                module.__dict__["forward"] = watch(path, module, module.forward)
             with torch.no_grad():
                 self.model(*copied(args), **copied(kwargs))
         finally:
@@ -168,10 +189,40 @@ class _Finder:
                 else:
                     module.__dict__["forward"] = own[path]
 
+    def is_watched(self, module: nn.Module) -> bool:
+        is_leaf = not any(True for _ in module.children()) or type(module) in self.leaf_classes
+        return _is_probable(module) or (is_leaf and not isinstance(module, torch.jit.ScriptModule))
+
+    def noter(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.note(path, module)
+            return self.inside(forward, args, kwargs)
+
+        return noted
+
+    def note(self, path: str, module: nn.Module) -> None:
+        """Note the call of a module by one that stays Python."""
+        if self.is_inside:
+            return
+        key = (path.rpartition(".")[0], type(module))
+        origin = Origin(type(module), True, path, key[0], None, self.calls[key])
+        self.calls[key] += 1
+        if type(module) not in PASSING:
+            reason = self.python[path].reason if path in self.python else ""
+            is_leaf = self.is_leaf(path, module) or type(module).__module__.startswith("torch.nn.")
+            weights = 0 if path in self.noted else module_weights(module)
+            self.python_calls.append(PythonCall(origin, is_leaf, reason, weights))
+            self.noted[path] = module
+
     def prober(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        note = self.noter(path, module, forward)
+        again = forward if any(True for _ in module.children()) else note
+
         def probe(*args: Any, **kwargs: Any) -> Any:
-            if self.is_inside or path in self.python or self.is_leaf(path, module):
-                return self.inside(forward, args, kwargs) if self.is_leaf(path, module) else forward(*args, **kwargs)
+            if self.is_leaf(path, module):
+                return note(*args, **kwargs)
+            if self.is_inside or path in self.python:
+                return again(*args, **kwargs)
             given = args, kwargs
             state = torch.random.get_rng_state()
             reason, found = self.attempt(path, module, args, kwargs)
@@ -186,7 +237,7 @@ class _Finder:
             if self.parts.pop(path, None) is not None:
                 self.opened_late[path] = reason.reason
             self.python[path] = reason
-            return forward(*given[0], **given[1])  # Its own modules are tried in this run.
+            return again(*given[0], **given[1])  # Its own modules are tried in this run.
 
         return probe
 

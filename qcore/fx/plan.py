@@ -14,14 +14,19 @@ from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfi
 from qcore.dtypes import dtype_name
 from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, scale_bounds, violation
 from qcore.fx.costs import multiply_adds, weight_count
+from qcore.fx.graph_module import submodule
+from qcore.fx.hooks import hook_of
 from qcore.fx.match import Match, PatternTable, find_matches
-from qcore.fx.operators import CHUNK, SPLIT, Kind, operator_of
+from qcore.fx.operators import CHUNK, CLAMP, GETITEM, SPLIT, Kind, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
 from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
 from qcore.qconfig_mapping import object_type_name
 from qcore.quantization_plan import Decision, Observation, QuantizationPlan, QuantizedTensor, WeightQuantization
+
+#: Clamps that a reader knows by another name.
+_CLAMPS: dict[tuple[object, ...], str] = {(0, None): "relu", (0, 6): "relu6"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,12 @@ class Refusal:
 
     Attributes:
         decision: the decision to stay float.
+        is_specific: whether the rule names this operator or its module; one that names more (a container, a regex) is
+            broken only if nothing that it speaks of is quantized.
     """
 
     decision: Decision
+    is_specific: bool = True
 
 
 def make_plan(
@@ -147,7 +155,7 @@ class _Planner:
             if self.counts(match.result) or is_tuple(match.result):
                 self.decide(match)
         for node in self.traced.graph.nodes:
-            if node not in self.match_of and self.counts(node):
+            if node not in self.match_of and (self.counts(node) or self.is_asked_for(node)):
                 self.leave_float(node)
         return self.plan(), self.refusals
 
@@ -158,7 +166,9 @@ class _Planner:
     def may_absorb(self, anchor: fx.Node, clamp: fx.Node) -> bool:
         """Unless a rule says that this very clamp stays float; a clamp that no rule names goes with its operator."""
         resolution = self.resolution(clamp)
-        return resolution.qconfig is not None or not resolution.rule or self.resolution(anchor).qconfig is None
+        if self.resolution(anchor).qconfig is None:
+            return resolution.qconfig is None  # What is asked for isn't lost with what stays float.
+        return resolution.qconfig is not None or not resolution.rule
 
     def accepts_qconfig(self, anchor: fx.Node, config: BackendPatternConfig) -> bool:
         """Whether a pattern takes the qconfig that its first operator is asked to have."""
@@ -170,24 +180,40 @@ class _Planner:
 
     @staticmethod
     def counts(node: fx.Node) -> bool:
-        """Whether a node is an operator on float tensors, of which a plan must give account."""
-        return node.op in ("call_function", "call_method", "call_module") and is_floating_tensor(node)
+        """Whether a node is an operator on float tensors, or a leaf module: a plan must give account of it."""
+        if node.op not in ("call_function", "call_method") or not is_floating_tensor(node):
+            return node.op == "call_module"
+        if operator_of(node) is not GETITEM:
+            return True
+        # What takes a tensor out of the tuple that a leaf module gives computes nothing.
+        return all(is_tuple(source) or "example" in source.meta for source in node.all_input_nodes[:1])
+
+    def is_asked_for(self, node: fx.Node) -> bool:
+        """Whether a rule names a call that is no operator of qcore's, whatever it gives."""
+        if node.op not in ("call_function", "call_method") or operator_of(node) is not None:
+            return False  # An operator's node without a float result does arithmetic on sizes.
+        resolution = self.resolution(node)
+        return resolution.is_specific and resolution.qconfig is not None
 
     def leave_float(self, node: fx.Node) -> None:
         resolution = self.resolution(node)
-        reason = f"{self.name} has no pattern for it"
+        hook = hook_of(submodule(self.traced, str(node.target))) if node.op == "call_module" else ""
+        reason = f"it has {hook}, so it is called as it is" if hook else f"{self.name} has no pattern for it"
         if resolution.rule and resolution.qconfig is None:
             reason = f"rule {resolution.rule} says float"
         decision = Decision(
             node.name, (node.name,), (self.label(node),), self.path(node), False, resolution.rule, resolution.qconfig,
-            reason=reason, multiply_adds=multiply_adds(node), weights=weight_count(node),
+            reason=reason, multiply_adds=multiply_adds(node, self.traced), weights=weight_count(node, self.traced),
         )  # fmt: skip
         self.decisions[node] = decision
-        if resolution.is_specific and resolution.qconfig is not None:
-            self.refusals.append(Refusal(decision))
+        if resolution.qconfig is not None:
+            self.refusals.append(Refusal(decision, resolution.is_specific))
 
     def label(self, node: fx.Node) -> str:
         op = operator_of(node)
+        if op is CLAMP:
+            written = object_type_name(node.meta["origin"].object_type) if "origin" in node.meta else ""
+            return "hardtanh" if "hardtanh" in written.lower() else _CLAMPS.get(node.args[1:], op.name)
         if op is not None:
             return op.name
         return object_type_name(self.module_types.get(str(node.target), node.target))
@@ -208,37 +234,54 @@ class _Planner:
             rule=resolution.rule,
             qconfig=resolution.qconfig,
             condition=match.config.condition.name if match.config.condition else "",
-            multiply_adds=sum(multiply_adds(node) for node in match.nodes),
-            weights=weight_count(match.anchor),
+            multiply_adds=sum(multiply_adds(node, self.traced) for node in match.nodes),
+            weights=weight_count(match.anchor, self.traced),
         )
-        reason, is_refused, accepted = self.judge(match, resolution)
+        reason, breaks, accepted = self.judge(match, resolution)
         if accepted is None:
             decision = replace(decision, reason=reason)
-            if is_refused:
-                self.refusals.append(Refusal(decision))
+            if breaks is not None:
+                self.refusals.append(Refusal(decision, breaks))
+            self.refuse_folded(match, decision)
         else:
             decision = replace(decision, quantized=True, dtype_config=accepted)
         self.decisions[match.result] = decision
 
-    def judge(self, match: Match, resolution: Resolution) -> tuple[str, bool, DTypeConfig | None]:
-        """Why a match stays float and whether that breaks a request, or the dtype config by which it doesn't."""
+    def refuse_folded(self, match: Match, decision: Decision) -> None:
+        """Note what is asked of operators that were folded into one that stays float."""
+        for origin in match.anchor.meta.get("folded", ()):
+            resolution = self.resolver.resolve(origin)
+            if resolution.is_specific and resolution.qconfig is not None:
+                where = f"{decision.operators[0]} at {decision.path or decision.node}"
+                folded = replace(
+                    decision, operators=(object_type_name(origin.object_type),), path=origin.path, rule=resolution.rule,
+                    reason=f"it is folded into {where}, which stays float: {decision.reason}",
+                )  # fmt: skip
+                self.refusals.append(Refusal(folded))
+
+    def judge(self, match: Match, resolution: Resolution) -> tuple[str, bool | None, DTypeConfig | None]:
+        """Why a match stays float, or the dtype config by which it doesn't.
+
+        In between: ``None`` if staying float breaks no request, else :attr:`Refusal.is_specific`.
+        """
         qconfig = resolution.qconfig
         if qconfig is None:
             asked = f"rule {resolution.rule} says float" if resolution.rule else "no rule asks for it"
-            return asked, False, None
+            return asked, None, None
         tensors = [*match.inputs(), match.result]
         other = next((node for node in tensors if not is_float_tensor(node) and not is_tuple(node)), None)
         if other is not None:
             example = other.meta.get("example")
-            return f"{other.name} is {dtype_name(example.dtype) if example else 'no tensor'}, not float32", False, None
+            breaks = resolution.is_specific if is_floating_tensor(other) else None
+            return f"{other.name} is {dtype_name(example.dtype) if example else 'no tensor'}, not float32", breaks, None
         problem = self.weight_problem(match)
         if problem:
-            return problem, False, None
+            return problem, resolution.is_specific, None
         op = operator_of(match.anchor)
         if self.traits[qconfig.activation].is_placeholder and (op is None or op.weight is None):
             return "its qconfig is for operators with weights", resolution.is_specific, None
         if self.saves_nothing(match, resolution, qconfig):
-            return "it has no weights, and integers wouldn't save a conversion here", False, None
+            return "it has no weights, and integers wouldn't save a conversion here", None, None
         refusals: list[str] = []
         for dtype_config in match.config.dtype_configs:
             if gives_float(dtype_config) and not reads_float(dtype_config) and not self.may_give_float(match):
@@ -246,7 +289,7 @@ class _Planner:
             refusal = self.refusal(match, qconfig, dtype_config) or self.reading_problem(match, dtype_config)
             if refusal is None:
                 reason = self.place(match, qconfig, dtype_config)
-                return (reason, False, None) if reason else ("", False, dtype_config)
+                return (reason, None, None) if reason else ("", None, dtype_config)
             if refusal not in refusals:
                 refusals.append(refusal)
         return f"{self.name} doesn't accept its qconfig: {'; '.join(refusals)}", True, None

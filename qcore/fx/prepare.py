@@ -3,21 +3,26 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from qcore.backend_config import BackendConfig
 from qcore.fx.expand import expand
+from qcore.fx.forms import MODULES
 from qcore.fx.fuse import FusionPattern, fuse
 from qcore.fx.graph_module import Preparation, QGraphModule, adopt, own_modules, own_tensors
+from qcore.fx.hooks import notes_of_weights
 from qcore.fx.names import give_way
 from qcore.fx.observe import observe
-from qcore.fx.parts import Part, plain_attributes
+from qcore.fx.parts import Part, Parts, plain_attributes
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import propagate_examples
+from qcore.fx.tracer import Origin
 from qcore.observer import ObserverBase
 from qcore.qconfig import ObserverConstructor, ObserverTraits
-from qcore.quantization_plan import QuantizationPlan
+from qcore.qconfig_mapping import object_type_name
+from qcore.quantization_plan import Decision, QuantizationPlan
 
 
 class Preparer:
@@ -57,6 +62,7 @@ class Preparer:
         self.config = config
         self.is_custom_config = is_custom_config
         self.preserved = tuple(preserved)
+        self.name = config.name or backend
         self.refusals: list[Refusal] = []
         self.plans: dict[str, QuantizationPlan] = {}
 
@@ -85,6 +91,7 @@ class Preparer:
         for name in preserved:
             adopt(graph, part.module, name, None if part.path else memo)
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
+        plan = replace(plan, notes=notes_of_weights(part.module))
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
         plan = observe(graph, plan, self.kernels)
@@ -96,6 +103,44 @@ class Preparer:
             inputs=tuple((name, example.dtype) for name, example in zip(names, part.examples, strict=True)),
         )  # fmt: skip
         return graph.with_preparation(preparation)
+
+    def decide_python(self, found: Parts) -> tuple[Decision, ...]:
+        """Decide for what is called by modules that stay Python: float, each for its reason."""
+        decisions = []
+        for call in found.python_calls:
+            origin = call.origin
+            resolution = self.resolver.resolve(origin)
+            if resolution.rule and resolution.qconfig is None:
+                reason = f"rule {resolution.rule} says float"
+            elif call.is_leaf and origin.object_type not in MODULES:
+                reason = f"{self.name} has no pattern for it"
+            else:
+                reason = f"it stays Python: {call.reason or 'it is called by what stays Python'}"
+            node, name = origin.path.replace(".", "_"), object_type_name(origin.object_type)
+            decision = Decision(
+                node, (node,), (name,), origin.path, False, resolution.rule, resolution.qconfig, reason=reason,
+                weights=call.weights,
+            )  # fmt: skip
+            decisions.append(decision)
+            if resolution.qconfig is not None:
+                self.refusals.append(Refusal(decision, resolution.is_specific))
+        called = {call.origin.path for call in found.python_calls}
+        for module in found.python:
+            if module.path in called:
+                continue
+            owner = module.path.rpartition(".")[0]
+            kind = type(found.model.get_submodule(module.path))
+            resolution = self.resolver.resolve(Origin(kind, True, module.path, owner, None, 0))
+            if resolution.qconfig is not None:
+                reason = f"it stays Python: {module.reason}"
+                names = (module.path, (module.path,), (module.type_name,), module.path or module.type_name)
+                self.refusals.append(Refusal(Decision(*names, False, resolution.rule, reason=reason), False))
+        return tuple(decisions)
+
+    def broken_requests(self) -> list[Refusal]:
+        """The refusals that count: of a rule that names more than an operator, only if it quantizes nothing at all."""
+        kept = {decision.rule for plan in self.plans.values() for decision in plan.quantized}
+        return [r for r in self.refusals if r.is_specific or r.decision.rule not in (*kept, "global")]
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 import difflib
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from qcore.fx.forms import pattern_keys
 from qcore.fx.tracer import Origin
 from qcore.qconfig import QConfig
-from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name
+from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name, qualified_name
 
 _INPLACE: dict[ObjectType, ObjectType] = {
     operator.add: operator.iadd,
@@ -46,15 +47,15 @@ class Resolver:
     def __init__(self, mapping: QConfigMapping) -> None:
         self._mapping = mapping
         self._regexes = [(re.compile(text), text) for text in mapping.module_name_regex_qconfigs]
+        #: Classes in whose forwards functions or methods were called.
+        self.scopes: set[type] = set()
         self._by_place: dict[tuple[ObjectType, bool, str, type | None], Resolution] = {}
-        self._used_orders: set[tuple[str, ObjectType, int]] = set()
 
     def resolve(self, origin: Origin) -> Resolution:
         """The strongest rule that speaks of an operator."""
         key = (origin.owner_path, origin.object_type, origin.index)
         ordered = self._mapping.module_name_object_type_order_qconfigs
         if key in ordered:
-            self._used_orders.add(key)
             name = f"module_name {key[0]!r}, {object_type_name(key[1])} number {key[2]}"
             return Resolution(name, ordered[key], True)
         place = (origin.object_type, origin.is_module, origin.path, origin.scope_type)
@@ -65,6 +66,8 @@ class Resolver:
     def _resolve_place(self, origin: Origin) -> Resolution:
         mapping = self._mapping
         path = origin.path
+        if not origin.is_module and origin.scope_type is not None:
+            self.scopes.add(origin.scope_type)
         while path:
             if path in mapping.module_name_qconfigs:
                 specific = origin.is_module and path == origin.path
@@ -87,8 +90,14 @@ class Resolver:
         paths = set(module_paths)
         problems = []
         for name in self._mapping.module_name_qconfigs:
-            if name and name not in paths:
+            if not name:
+                problems.append("set_module_name('') names the model itself; say set_global")
+            elif name not in paths:
                 problems.append(f"set_module_name({name!r}) matches no module{_similar(name, paths)}")
+        for name, kind, index in self._mapping.module_name_object_type_order_qconfigs:
+            if name not in paths:
+                order = f"set_module_name_object_type_order({name!r}, {object_type_name(kind)}, {index})"
+                problems.append(f"{order} matches no module{_similar(name, paths)}")
         for pattern, text in self._regexes:
             if not any(pattern.match(path) for path in paths):
                 problems.append(
@@ -97,13 +106,44 @@ class Resolver:
                 )
         return problems
 
-    def unmatched_orders(self) -> list[str]:
-        """A sentence for every ``set_module_name_object_type_order`` that no resolved call answered to."""
+    def unmatched_orders(self, calls: Mapping[tuple[str, ObjectType], int]) -> list[str]:
+        """A sentence for every ``set_module_name_object_type_order`` that no call answers to.
+
+        Args:
+            calls: how often each type is called in each module.
+        """
         return [
-            f"set_module_name_object_type_order({name!r}, {object_type_name(kind)}, {index}) matches no call"
+            f"set_module_name_object_type_order({name!r}, {object_type_name(kind)}, {index}) matches no call; "
+            f"there are {calls.get((name, kind), 0)}, counted from 0"
             for name, kind, index in self._mapping.module_name_object_type_order_qconfigs
-            if (name, kind, index) not in self._used_orders
+            if not 0 <= index < calls.get((name, kind), 0)
         ]
+
+    def unmatched_types(self, found: Collection[ObjectType], holders: Collection[type]) -> str:
+        """A sentence about the object types of the mapping of which there are none; empty if there are some of each.
+
+        Args:
+            found: the types that are called.
+            holders: the classes of all modules.
+        """
+        kinds = self._mapping.object_type_qconfigs
+        present = {kind for kind in kinds if kind in found or kind in self.scopes or _OTHER_FORM.get(kind) in found}
+        # Who can't know in which form an operator is written gives a rule for each.
+        answered = {*self._mapping.default_types, *(key for kind in present for key in pattern_keys(kind))}
+        missing = [kind for kind in kinds if not {kind, *pattern_keys(kind)} & (present | answered)]
+        if not missing:
+            return ""
+        named = ", ".join(f"set_object_type({qualified_name(kind)}, ...)" for kind in missing)
+        names = sorted({qualified_name(kind) for kind in (*found, *self.scopes)})
+        listed = ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+        held = [qualified_name(kind) for kind in missing if kind in holders]
+        hint = (
+            f". A rule for a class such as {held[0]} speaks of the functions that its own forward calls; "
+            "set_module_name speaks of all that is below a path"
+            if held
+            else ""
+        )
+        return f"{named}: the model calls nothing of the kind, so that changes nothing; called are: {listed}{hint}"
 
 
 def _similar(name: str, paths: set[str]) -> str:

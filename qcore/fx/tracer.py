@@ -26,6 +26,7 @@ from qcore.fx.aliases import Aliases
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer, factories_recorded
 from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, is_persistent, place_for, set_tensor, submodule
+from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.left_alone import left_alone
 from qcore.fx.names import readable_targets
@@ -113,6 +114,8 @@ class NormalFormTracer(ExampleTracer):
             if self._path:  # A part of the user's model may be a known module itself.
                 result = self.call_module(root, lambda *a, **k: root_fn(root, *a, **k), tuple(args), kwargs)
             else:
+                if hook_of(root):
+                    raise UndecidableError(f"{type(root).__name__} has {hook_of(root)}, which runs at each call")
                 result = root_fn(root, *args, **kwargs)
             left, left_spec = pytree.tree_flatten((args, kwargs))
             if left_spec != spec or not all(map(self._is_same, given, left)):
@@ -184,8 +187,8 @@ class NormalFormTracer(ExampleTracer):
         path = "" if m is self.root else self.path_of_module(m)
         if self._is_opaque(m, path):
             return self._leaf(m, path, forward, args, kwargs)
-        form = MODULES.get(type(m))
-        if form is not None and not m._forward_hooks and not m._forward_pre_hooks:
+        form, hook = MODULES.get(type(m)), hook_of(m)
+        if form is not None and not hook:
             try:
                 call = form(m, lambda name: self._attribute(path, m, name), *args, **kwargs)
             except TypeError:
@@ -194,6 +197,8 @@ class NormalFormTracer(ExampleTracer):
                 return self._emit(call, path, self._make_origin(type(m), True, path))
         if form is not None or not self.is_leaf_module(m, path):
             try:
+                if hook and form is None:
+                    raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
                 if form is not None:
                     return self._inside(m, path, forward, args, kwargs)
                 with ScopeContextManager(self.scope, Scope(path, type(m))), self.with_own_isinstance(type(m).forward):
@@ -206,7 +211,9 @@ class NormalFormTracer(ExampleTracer):
 
     def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         if m is self.root:
-            raise TraceError(f"{type(m).__name__} is not known to qcore", path, None)
+            hook = hook_of(m)
+            reason = f"has {hook}, which runs at each call" if hook else "is not known to qcore"
+            raise TraceError(f"{type(m).__name__} {reason}", path, None)
         origin = self._make_origin(type(m), True, path)
         is_inplace = getattr(m, "inplace", False) is True and type(m).__module__.startswith("torch.nn.")
         if not is_inplace or not args or not isinstance(args[0], Value):
@@ -221,7 +228,7 @@ class NormalFormTracer(ExampleTracer):
 
     def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not hook_of(m):
             with ScopeContextManager(self.scope, Scope(path, type(m))):
                 return forward(*args, **kwargs)
         return self._leaf(m, path, forward, args, kwargs)
@@ -279,6 +286,11 @@ class NormalFormTracer(ExampleTracer):
 
     def _attribute(self, path: str, module: nn.Module, name: str) -> fx.Proxy | None:
         tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None and isinstance(vars(module).get(name), torch.Tensor):
+            # Computed by a hook, as for a pruned layer, from tensors that stay as they are.
+            target = f"{path}.{name}".lstrip(".")
+            self.constants[target] = vars(module)[name].detach().clone()
+            return self._tensor(target)
         if tensor is None:
             return None
         return self._tensor(self._tensor_paths.get(id(tensor), f"{path}.{name}"))

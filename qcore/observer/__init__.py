@@ -1,5 +1,8 @@
 """Observers: modules that watch tensors during calibration and say how to quantize them."""
 
+from typing import TYPE_CHECKING
+
+from qcore.migration import missing_from
 from qcore.observer.base import DatalessObserver, ObserverBase, ObserverSpec, RangeObserver
 from qcore.observer.fixed import FixedQParamsObserver
 from qcore.observer.histogram import HistogramObserver
@@ -24,3 +27,7 @@ __all__ = [
     "RangeObserver",
     "largest_pair_sum",
 ]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = missing_from(__name__)

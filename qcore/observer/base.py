@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from qcore import ops
-from qcore.dtypes import QScheme, canonical_dtype, canonical_qscheme, dtype_name, dtype_range, is_integer
+from qcore.dtypes import (
+    QScheme,
+    canonical_dtype,
+    canonical_qscheme,
+    checked_integer,
+    checked_scale,
+    dtype_name,
+    dtype_range,
+    is_integer,
+)
 from qcore.errors import ConfigError
 
 
@@ -58,7 +67,7 @@ class ObserverBase(nn.Module):
         is_dynamic: whether the range is taken at run time from each tensor.
 
     Raises:
-        ConfigError: the dtype isn't an integer one, or the range doesn't fit it.
+        ConfigError: the dtype isn't an integer one, the range doesn't fit it, or ``eps`` can't be a scale.
     """
 
     dtype: torch.dtype
@@ -91,7 +100,7 @@ class ObserverBase(nn.Module):
         own["dtype"] = canonical_dtype(dtype)
         own["qscheme"] = canonical_qscheme(qscheme)
         own["reduce_range"] = reduce_range
-        own["eps"] = eps
+        own["eps"] = None if eps is None else checked_scale(eps, f"{type(self).__name__}: eps")
         own["is_dynamic"] = is_dynamic
         own["quant_min"], own["quant_max"], own["has_explicit_range"] = self._choose_range(quant_min, quant_max)
 
@@ -109,6 +118,8 @@ class ObserverBase(nn.Module):
             return lowest, highest, False
         if self.reduce_range:
             raise ConfigError(f"{type(self).__name__}: give reduce_range=True or quant_min and quant_max, not both")
+        quant_min = checked_integer(quant_min, f"{type(self).__name__}: quant_min")
+        quant_max = checked_integer(quant_max, f"{type(self).__name__}: quant_max")
         if not (lowest <= quant_min <= 0 <= quant_max <= highest and quant_min < quant_max):
             raise ConfigError(
                 f"{type(self).__name__}: the range {quant_min}..{quant_max} must hold 0 and fit "

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qcore.dtypes import checked_integer
 from qcore.errors import ConfigError
 from qcore.observer.base import ObserverBase, RangeObserver, qparams_from_range, symmetric_zero_point
 from qcore.observer.range_search import Histogram, ranges_of_least_error
@@ -63,6 +64,8 @@ class HistogramObserver(RangeObserver):
 
     def __init__(self, bins: int = 2048, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if checked_integer(bins, "HistogramObserver: bins") < 2:
+            raise ConfigError(f"HistogramObserver: bins must be 2 at least, found {bins}")
         vars(self).update(bins=bins, _chosen=None, _grid=None)
         self._buffers.update(
             histogram=torch.zeros(0, dtype=torch.float64), first_bin=torch.tensor(0), exponent=torch.tensor(0)

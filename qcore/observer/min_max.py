@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qcore.dtypes import QScheme
+from qcore.dtypes import QScheme, checked_integer
+from qcore.errors import ConfigError
 from qcore.observer.base import RangeObserver
 
 #: Numbers of a weight that are rounded at a time: it takes several times their memory.
@@ -50,7 +51,11 @@ class PerChannelMinMaxObserver(RangeObserver):
         **arguments: Any,
     ) -> None:
         super().__init__(qscheme=qscheme, **arguments)
-        self.ch_axis = ch_axis
+        self.ch_axis = checked_integer(ch_axis, f"{type(self).__name__}: ch_axis")
+        if rounding not in ("nearest", "sum_preserving"):
+            raise ConfigError(
+                f'{type(self).__name__}: rounding must be "nearest" or "sum_preserving", found {rounding!r}'
+            )
         self.rounding = rounding
 
     def channel_extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:

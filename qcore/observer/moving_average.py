@@ -1,11 +1,13 @@
 """Exponential moving averages of each batch's minimum and maximum."""
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcore.dtypes import QScheme
+from qcore.errors import ConfigError
 from qcore.observer.base import RangeObserver
 from qcore.observer.min_max import PerChannelMinMaxObserver
 
@@ -19,17 +21,23 @@ def _towards(average: Tensor, value: Tensor, constant: float) -> Tensor:
     return torch.where(torch.isinf(average), value, torch.where(torch.isinf(value), average, moved))
 
 
+def _checked_constant(value: float, observer: str) -> float:
+    if not isinstance(value, Real) or not 0 < value <= 1:
+        raise ConfigError(f"{observer}: averaging_constant must lie within 0..1 and above 0, found {value!r}")
+    return float(value)
+
+
 class MovingAverageMinMaxObserver(RangeObserver):
     """Moving average of the minimum and the maximum of the whole tensor.
 
     Args:
-        averaging_constant: weight of the newest batch, in 0..1.
+        averaging_constant: weight of the newest batch, above 0 and up to 1.
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
     """
 
     def __init__(self, averaging_constant: float = 0.01, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.averaging_constant = averaging_constant
+        self.averaging_constant = _checked_constant(averaging_constant, type(self).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
         """Move the range towards that of ``x`` and return ``x``."""
@@ -45,7 +53,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
     """Moving average of the minimum and the maximum of each slice along one axis.
 
     Args:
-        averaging_constant: weight of the newest batch, in 0..1.
+        averaging_constant: weight of the newest batch, above 0 and up to 1.
         ch_axis: the axis.
         qscheme: a per-channel scheme.
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
@@ -59,7 +67,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         **arguments: Any,
     ) -> None:
         super().__init__(ch_axis=ch_axis, qscheme=qscheme, **arguments)
-        self.averaging_constant = averaging_constant
+        self.averaging_constant = _checked_constant(averaging_constant, type(self).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
         """Move each channel's range towards that of ``x`` and return ``x``."""

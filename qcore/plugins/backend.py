@@ -14,7 +14,7 @@ from torch import nn
 
 from qcore._version import __version__
 from qcore.backend_config import BackendConfig
-from qcore.errors import LoweringError, PluginError
+from qcore.errors import ConfigError, LoweringError, PluginError
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
 from qcore.observer import ObserverBase
@@ -104,9 +104,19 @@ class Backend:
         return dict(self._ask("qcore_observers")) if self._has("qcore_observers") else {}
 
     def default_qconfig_mapping(self, version: int = 0) -> QConfigMapping:
-        """Its default mapping, marked as its own; the caller's to keep and change."""
+        """Its default mapping, marked as its own; the caller's to keep and change.
+
+        Raises:
+            ConfigError: it has no such version.
+        """
+        versions = self.info.mapping_versions
+        if type(version) is not int or version not in versions:
+            listed = ", ".join(str(known) for known in versions)
+            raise ConfigError(
+                f"backend {self.name!r} has no version {version!r} of its default qconfig mapping; it has: {listed}"
+            )
         mapping: QConfigMapping = copy.deepcopy(self._ask("qcore_default_qconfig_mapping", version=version))
-        mapping.backend = self.name
+        mapping.backend, mapping.default_types = self.name, frozenset(mapping.object_type_qconfigs)
         return mapping
 
     def lower(self, reference: QGraphModule) -> nn.Module:

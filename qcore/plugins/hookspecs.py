@@ -40,12 +40,14 @@ class BackendInfo:
         api_version: the :data:`PLUGIN_API` that the plugin was written for.
         description: one line for people.
         priority: of several backends that this machine supports, ``backend=None`` takes the one with the highest.
+        mapping_versions: the versions of its default qconfig mapping; no other is asked for.
     """
 
     name: str
     api_version: int
     description: str = ""
     priority: int = 0
+    mapping_versions: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def ask_by_name(mapping: QConfigMapping) -> QConfigMapping:
     for function in (operator.add, operator.mul, torch.add, torch.mul):
         if function not in named.object_type_qconfigs:
             named.set_object_type(function, named.global_qconfig)
+            named.default_types |= {function}  # A model may as well have none of them.
     return named
 
 

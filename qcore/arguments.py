@@ -1,0 +1,170 @@
+"""What the verbs are given, looked at before anything is done: every problem of a call is found at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qcore.backend_config import BackendConfig
+from qcore.errors import ConfigError, TrainingModeError
+from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
+from qcore.fx.names import hidden_attributes
+from qcore.fx.resolve import Resolver
+from qcore.qconfig import ObserverConstructor, ObserverTraits
+from qcore.qconfig_mapping import QConfigMapping
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call of ``prepare_fx`` asks for, after it was found sound.
+
+    Attributes:
+        mapping: which qconfig goes to which operator.
+        resolver: the same, ready to be asked.
+        traits: of every observer constructor in it.
+        custom: exceptions.
+    """
+
+    mapping: QConfigMapping
+    resolver: Resolver
+    traits: dict[ObserverConstructor, ObserverTraits]
+    custom: PrepareCustomConfig
+
+
+class Problems(list[str]):
+    """Sentences that one ConfigError will hold."""
+
+    def expect(self, name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> bool:
+        """Note that an argument has a wrong type; returns whether it is right."""
+        if isinstance(value, kind):
+            return True
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        module = type(value).__module__
+        if wanted.startswith("a qcore.") and not module.startswith(("qcore", "builtins")):
+            found = f"{module}.{found}; import it from qcore"
+        self.append(f"{name}: expected {wanted}, found {found}")
+        return False
+
+    def of(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives; ``None``, and its problems noted, if it raises a ConfigError."""
+        try:
+            return function(*arguments)
+        except ConfigError as error:
+            self.extend(error.problems)
+            return None
+
+    def raise_any(self) -> None:
+        """Raise the error that lists them."""
+        if self:
+            raise ConfigError(self)
+
+
+def checked_request(
+    model: Any, qconfig_mapping: Any, example_inputs: Any, prepare_custom_config: Any, options: Mapping[str, Any]
+) -> Request:
+    """The request of a call of ``prepare_fx``.
+
+    Args:
+        model: as the user gave it, like all others.
+        qconfig_mapping: likewise.
+        example_inputs: likewise.
+        prepare_custom_config: likewise.
+        options: the other arguments, by name.
+
+    Raises:
+        ConfigError: some are wrong; names all of them.
+        TrainingModeError: the model is in training mode.
+    """
+    problems = Problems()
+    is_module = problems.expect("model", model, nn.Module, "a torch.nn.Module")
+    if isinstance(example_inputs, torch.Tensor) or not isinstance(example_inputs, (tuple, list, Mapping)):
+        problems.append(
+            "example_inputs: expected a tuple of positional arguments, a dictionary of keyword arguments or both in a "
+            f"tuple, found {type(example_inputs).__name__}; write (x,) for one input"
+        )
+    _check_options(problems, options)
+    mapping = qconfig_mapping
+    if isinstance(mapping, dict):
+        mapping = problems.of(QConfigMapping.from_dict, mapping)
+    elif not problems.expect("qconfig_mapping", mapping, QConfigMapping, "a qcore.QConfigMapping"):
+        mapping = None
+    custom = prepare_custom_config
+    if isinstance(custom, dict):
+        custom = problems.of(PrepareCustomConfig.from_dict, custom)
+    elif custom is None or not problems.expect(
+        "prepare_custom_config", custom, PrepareCustomConfig, "a qcore.PrepareCustomConfig"
+    ):
+        custom = PrepareCustomConfig()
+    traits = problems.of(mapping.traits) if mapping is not None else {}
+    resolver = Resolver(mapping or QConfigMapping())
+    if is_module:
+        paths = [path for path, _ in model.named_modules()]
+        problems += resolver.unmatched_names(paths)
+        problems += _unmatched(custom or PrepareCustomConfig(), model, paths)
+    problems.raise_any()
+    check_mode(model)
+    assert mapping is not None and custom is not None
+    return Request(mapping, resolver, traits, custom)
+
+
+def _check_options(problems: Problems, options: Mapping[str, Any]) -> None:
+    kinds: dict[str, tuple[type, str]] = {
+        "backend": (str, "the name of a backend"),
+        "backend_config": (BackendConfig, "a qcore.BackendConfig"),
+        "concrete_args": (dict, "a dictionary of arguments by name"),
+        "tracer": (fx.Tracer, "a torch.fx.Tracer"),
+    }
+    for name, (kind, wanted) in kinds.items():
+        if options[name] is not None:
+            problems.expect(name, options[name], kind, wanted)
+    if options["on_unsupported"] not in ("error", "warn", "ignore"):
+        problems.append(f'on_unsupported: expected "error", "warn" or "ignore", found {options["on_unsupported"]!r}')
+
+
+def _unmatched(custom: PrepareCustomConfig, model: nn.Module, paths: Sequence[str]) -> list[str]:
+    known = set(paths)
+    return [
+        *(
+            f"set_non_traceable_module_names: {name!r} is no module of the model"
+            for name in custom.non_traceable_module_names
+            if name not in known
+        ),
+        *(
+            f"set_preserved_attributes: the model has no attribute {name!r}"
+            for name in custom.preserved_attributes
+            if not hasattr(model, name)
+        ),
+        *hidden_attributes(custom.preserved_attributes),
+    ]
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model in training mode.
+
+    Raises:
+        TrainingModeError: names the modules.
+    """
+    training = [path or "the model itself" for path, module in model.named_modules() if module.training]
+    if training:
+        listed = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
+        raise TrainingModeError(
+            f"post-training quantization needs a model in evaluation mode; in training mode are: {listed}. "
+            "Call model.eval() first"
+        )
+
+
+def checked_convert_config(config: Any) -> ConvertCustomConfig | None:
+    """The ``convert_custom_config`` of a call.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(config, dict):
+        return ConvertCustomConfig.from_dict(config)
+    problems = Problems()
+    if config is not None:
+        problems.expect("convert_custom_config", config, ConvertCustomConfig, "a qcore.ConvertCustomConfig")
+    problems.raise_any()
+    return config  # type: ignore[no-any-return]
