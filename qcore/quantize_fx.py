@@ -29,12 +29,13 @@ from qcore.fx.graph_module import (
     PartialPreparation,
     QGraphModule,
 )
-from qcore.fx.parts import comparable, copy_of, find_parts, replace_modules
+from qcore.fx.parts import find_parts
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
-from qcore.fx.shapes import run_model
+from qcore.fx.runs import comparable
 from qcore.fx.tracer import trace
+from qcore.fx.twin import shared, twin_of
 from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import PythonModule, QuantizationPlan, joined_plan
@@ -112,19 +113,18 @@ def prepare_fx(
     if tracer is not None:
         model = _traced_by(tracer, model, concrete_args)
         kwargs = {name: value for name, value in kwargs.items() if name not in (concrete_args or {})}
-    with comparable():
-        expected = run_model(model, args, kwargs)
     is_custom_config = backend_config is not None and backend is None
-    preparer = Preparer(
-        resolver, traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
-        custom.preserved_attributes,
-    )  # fmt: skip
     with garbage_left_alone():
         with comparable():
             found = find_parts(
-                model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
+                model, args, kwargs, custom.non_traceable_module_names, custom.non_traceable_module_classes
             )
+        preparer = Preparer(
+            resolver, traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
+            custom.preserved_attributes, found.copies,
+        )  # fmt: skip
         prepared = {path: preparer.prepare(part) for path, part in found.parts.items()}
+        found.copies.make_as_new()
     if resolver.unmatched_orders():
         raise ConfigError(resolver.unmatched_orders())
     _report(preparer.refusals, on_unsupported)
@@ -134,15 +134,14 @@ def prepare_fx(
     if "" in prepared:
         result: nn.Module = prepared[""]
     else:
-        result = found.model
         idle = {path: plan for path, plan in preparer.plans.items() if not plan.quantized}
-        used: dict[int, nn.Module] = {
+        used: dict[int, Any] = {
             id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle
         }
-        replace_modules(result, used)
+        result = twin_of(model, found.copies, used)
         result.__dict__[PARTIAL] = PartialPreparation("prepared", found.python, idle, found.other_weights)
     if custom.guard_failure == "float":
-        result = FloatFallback(result, copy_of(model))
+        result = FloatFallback(result, twin_of(model))
     return result
 
 
@@ -454,6 +453,7 @@ def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _traced_by(tracer: fx.Tracer, model: nn.Module, concrete_args: dict[str, Any] | None) -> fx.GraphModule:
+    model = twin_of(model, shared)
     try:
         graph = tracer.trace(model, concrete_args)
     except Exception as error:

@@ -1,20 +1,18 @@
 """A tracer that knows what the values of its graph are on the example inputs, and settles what is decided by sizes."""
 
 import builtins
-import contextlib
-import inspect
 import math
 import operator
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
 
-from qcore.fx.graph_module import computed
+from qcore.fx.graph_module import computed, submodule
+from qcore.fx.patches import unpatched
 from qcore.fx.signature import check_size
+from qcore.fx.thread_tracer import ThreadTracer
 from qcore.fx.values import Value, values_in
 
 #: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
@@ -26,15 +24,11 @@ _SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
 _NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
 
 
-# fx and this module replace functions of torch while they trace; what two threads replace, neither could put back.
-_one_trace_at_a_time = threading.Lock()
-
-
 class UndecidableError(Exception):
     """The forward decides by data, which a graph can't."""
 
 
-class ExampleTracer(fx.Tracer):
+class ExampleTracer(ThreadTracer):
     """The half of qcore's tracer that answers questions about sizes.
 
     Args:
@@ -53,6 +47,7 @@ class ExampleTracer(fx.Tracer):
         self._from_inputs: set[fx.Node] = set()
         self._asked: list[tuple[fx.Node, Any, tuple[int, int]]] = []
         self._rank_was_read = False
+        self.leaf: Callable[[str], torch.nn.Module] = lambda path: submodule(self.root, path)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The value of a node, as a forward sees it."""
@@ -96,6 +91,8 @@ class ExampleTracer(fx.Tracer):
             return self._examples[len(self._known)].clone()
         if node.op == "get_attr" and target in self.constants:
             return self.constants[target]
+        if node.op == "call_module":
+            return self.leaf(target)(*args, **kwargs)
         return computed(node, args, kwargs, self.root)
 
     def isinstance(self, value: Any, classes: Any) -> bool:
@@ -109,18 +106,21 @@ class ExampleTracer(fx.Tracer):
             return False
         return builtins.isinstance(self.example(value), classes)
 
-    @contextlib.contextmanager
-    def with_own_isinstance(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Let a forward, and all functions of its file, ask ``isinstance`` about traced values."""
-        space = getattr(inspect.unwrap(forward), "__globals__", {})
-        if "isinstance" in space:
-            yield
-            return
-        space["isinstance"] = self.isinstance
-        try:
-            yield
-        finally:
-            del space["isinstance"]
+    def replacements(self) -> Iterable[tuple[Any, str, Callable[..., Any]]]:
+        """Torch's factory functions are nodes of the graph where they are given values of the graph."""
+        yield from super().replacements()
+        for name in _FACTORIES:
+            yield torch, name, self._factory(name, unpatched(torch, name))
+
+    def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if self.is_evaluating or not values_in((args, kwargs)):
+                return function(*args, **kwargs)
+            if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
+                args = (tuple(args),)
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return factory
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
@@ -209,26 +209,6 @@ class Sizes(tuple[Any, ...]):
     def numel(self) -> Any:
         """The product of the sizes."""
         return math.prod(self)
-
-
-@contextlib.contextmanager
-def factories_recorded(tracer: ExampleTracer) -> Iterator[None]:
-    """Let torch's factory functions be nodes of the graph where they are given values of the graph."""
-
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_evaluating or not values_in((args, kwargs)):
-                return function(*args, **kwargs)
-            if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
-                args = (tuple(args),)
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return factory
-
-    with _one_trace_at_a_time:
-        replaced: dict[str, Any] = {name: recorded(name, getattr(torch, name)) for name in _FACTORIES}
-        with mock.patch.multiple(torch, **replaced):
-            yield
 
 
 def _described(node: fx.Node) -> str:

@@ -368,20 +368,7 @@ def delete_tensor(module: nn.Module, target: str) -> None:
     del (owner._parameters if name in owner._parameters else owner._buffers)[name]
 
 
-def own_modules(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
-    """Replace modules that ``module`` shares with another, which it calls whole, by copies."""
-    theirs = {id(other) for other in foreign.modules()}
-    pending = [module]
-    while pending:
-        owner = pending.pop()
-        for name, inner in owner._modules.items():
-            if id(inner) in theirs:
-                owner._modules[name] = copy.deepcopy(inner, memo)
-            elif inner is not None:
-                pending.append(inner)
-
-
-def own_tensors(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> None:
+def own_tensors(module: nn.Module, foreign: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace tensors that ``module`` shares with another by copies; those that a pass replaced are its own already."""
     theirs = {id(tensor) for tensor in (*foreign.parameters(), *foreign.buffers())}
     for other in foreign.modules():  # A tensor may as well be a plain attribute.
@@ -391,7 +378,7 @@ def own_tensors(module: nn.Module, foreign: nn.Module, memo: dict[int, Any]) -> 
         for registry in registries:
             for name, tensor in registry.items():
                 if id(tensor) in theirs:
-                    registry[name] = copy.deepcopy(tensor, memo)
+                    registry[name] = copied(tensor)
 
 
 def free_name(taken: Mapping[str, Any] | set[str], wanted: str, counter: dict[str, int]) -> str:

@@ -5,10 +5,8 @@ computes beside the module, on the same inputs, and must give the same to the la
 the same, and what is called in several forms, is opened: it stays Python, and its submodules are tried in their turn.
 """
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +15,13 @@ from torch import Tensor, fx, nn
 
 from qcore.errors import TraceError
 from qcore.fx.forms import MODULES
-from qcore.fx.graph_module import QGraphModule
-from qcore.fx.shapes import copied, difference, propagate_examples
+from qcore.fx.graph_module import QGraphModule, submodule
+from qcore.fx.guard import same_random_numbers
+from qcore.fx.runs import Runs
+from qcore.fx.shapes import copied, difference, propagate_examples, run_model
 from qcore.fx.signature import CallSignature, NotConstantError
 from qcore.fx.tracer import trace
+from qcore.fx.twin import Copies
 from qcore.qconfig_mapping import ObjectType
 from qcore.quantization_plan import PythonModule
 
@@ -33,8 +34,8 @@ class Part:
 
     Attributes:
         path: of the module in the model.
-        module: the module.
-        graph: what was traced.
+        module: the module, as it is in the user's model.
+        graph: what was traced; it has the module's own parameters.
         signature: how it is called.
         examples: the tensors of that call.
         kept: names of its tensors that the model around it reads, too.
@@ -53,14 +54,14 @@ class Parts:
     """What became of a model.
 
     Attributes:
-        model: the model itself where it is one part, else a copy whose modules the parts are of.
         parts: by path; ``""`` is the whole model.
+        copies: of what the graphs don't share with the model.
         python: the modules that stay Python.
         other_weights: weights of convolutions and linear layers outside of all parts.
     """
 
-    model: nn.Module
     parts: dict[str, Part]
+    copies: Copies
     python: tuple[PythonModule, ...] = ()
     other_weights: int = 0
 
@@ -69,7 +70,6 @@ def find_parts(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    expected: Any,
     leaf_names: Iterable[str] = (),
     leaf_classes: Iterable[type[nn.Module]] = (),
 ) -> Parts:
@@ -79,39 +79,54 @@ def find_parts(
         model: in evaluation mode; it isn't changed.
         args: positional example inputs.
         kwargs: keyword example inputs.
-        expected: what the model gives on them.
         leaf_names: paths of modules to keep whole and float.
         leaf_classes: classes of such modules.
+
+    Raises:
+        ExampleInputsError: it doesn't run on the example inputs.
     """
     leaf_names, leaf_classes = (*leaf_names, *_leaves_of_graph(model)), tuple(leaf_classes)
+    runs, copies = Runs(model), Copies()
+    whole: Part | None = None
     try:
-        with same_random_numbers():
-            signature = CallSignature.of(model, args, kwargs, type(model).__name__)
-            examples = signature.bind(args, kwargs)
-            graph = trace(model, leaf_names, leaf_classes, signature, examples, copies=False)
-        with same_random_numbers():
-            problem = difference(expected, propagate_examples(graph, examples))
-        if not problem:
-            return Parts(model, {"": Part("", model, graph, signature, examples)})
-        reason = PythonModule("", type(model).__name__, f"replayed on the example inputs, {problem}")
+        signature = CallSignature.of(model, args, kwargs, type(model).__name__)
+        examples = signature.bind(args, kwargs)
+        graph = trace(model, leaf_names, leaf_classes, signature, examples, copies=copies)
+        whole = Part("", model, graph, signature, examples)
+        runs.trust(graph)
     except Exception as error:
         reason = _reason("", model, error)
-    own = copy_of(model)
+    expected = runs.run(lambda twin: run_model(twin, args, kwargs))
+    if whole is not None:
+        try:
+            problem = difference(expected, runs.replay(lambda: propagate_examples(whole.graph, whole.examples)))
+            if not problem:
+                copies.make_as_new()
+                return Parts({"": whole}, copies)
+            reason = PythonModule("", type(model).__name__, f"replayed on the example inputs, {problem}")
+        except Exception as error:
+            reason = _reason("", model, error)
+    runs.trust(None)
     closed: dict[str, str] = {}
     while True:
-        finder = _Finder(own, leaf_names, leaf_classes, closed)
-        with same_random_numbers():
+
+        def search(twin: nn.Module) -> _Finder:
+            finder = _Finder(twin, model, copies, leaf_names, leaf_classes, closed)
             finder.run(args, kwargs)
+            return finder
+
+        finder = runs.run(search)
         # What was opened at a later call than its first kept its own modules from being tried at the first.
-        news = finder.opened_late or _misfits(own, finder.parts, args, kwargs, expected)
+        news = finder.opened_late or _misfits(runs, finder.parts, args, kwargs, expected)
         if not news:
             break
         closed.update(news)
+    copies.make_as_new()
     python = [reason, *finder.python.values()]
     inside = {id(module) for part in finder.parts.values() for module in part.module.modules()}
-    outside = [m for m in own.modules() if id(m) not in inside and type(m) in _WEIGHTED]
+    outside = [m for m in model.modules() if id(m) not in inside and type(m) in _WEIGHTED]
     other_weights = sum(parameter.numel() for m in outside for parameter in m.parameters() if parameter.dim() > 1)
-    return Parts(own, finder.parts, tuple(python), other_weights)
+    return Parts(finder.parts, copies, tuple(python), other_weights)
 
 
 def _leaves_of_graph(model: nn.Module) -> list[str]:
@@ -122,27 +137,21 @@ def _leaves_of_graph(model: nn.Module) -> list[str]:
     return [target for target in targets if not type(model.get_submodule(target)).__module__.startswith("torch.nn.")]
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of models that hold tensors computed from parameters, which deepcopy refuses."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
 class _Finder:
     """One run of the model in which every called module is tried, largest first."""
 
     def __init__(
         self,
         model: nn.Module,
+        source: nn.Module,
+        copies: Copies,
         leaf_names: tuple[str, ...],
         leaf_classes: tuple[type[nn.Module], ...],
         closed: dict[str, str],
     ) -> None:
         self.model = model
+        self.source = source
+        self.copies = copies
         self.leaf_names = leaf_names
         self.leaf_classes = leaf_classes
         self.closed = closed
@@ -172,9 +181,8 @@ class _Finder:
             if self.is_inside or path in self.python or self.is_leaf(path, module):
                 return self.inside(forward, args, kwargs) if self.is_leaf(path, module) else forward(*args, **kwargs)
             given = copied((args, kwargs))
-            state = torch.random.get_rng_state()
-            reason, found = self.attempt(path, module, args, kwargs)
-            torch.random.set_rng_state(state)
+            with same_random_numbers():
+                reason, found = self.attempt(path, module, args, kwargs)
             if reason is None:
                 expected = self.inside(forward, args, kwargs)
                 problem = difference(expected, found)
@@ -213,15 +221,16 @@ class _Finder:
             if part is None:
                 calls = Counter(self.calls)
                 inner = [name.removeprefix(f"{path}.") for name in self.leaf_names if name.startswith(f"{path}.")]
-                root, place = module, path
+                own = submodule(self.source, path)
+                root, source, place = module, own, path
                 if isinstance(module, nn.MultiheadAttention):
                     place, _, name = path.rpartition(".")
-                    root = _Holder(name, module)
-                with same_random_numbers():
-                    graph = trace(
-                        root, inner, self.leaf_classes, signature, examples, path=place, calls=calls, copies=False
-                    )
-                part = Part(path, module, graph, signature, copied(examples))
+                    root, source = _Holder(name, module), _Holder(name, own)
+                graph = trace(
+                    root, inner, self.leaf_classes, signature, examples,
+                    path=place, calls=calls, source=source, copies=self.copies,
+                )  # fmt: skip
+                part = Part(path, own, graph, signature, copied(examples))
                 result = propagate_examples(graph, examples)
                 self.parts[path] = part
                 self.calls = calls
@@ -271,23 +280,25 @@ def _reason(path: str, module: nn.Module, error: Exception) -> PythonModule:
 class _Stub(nn.Module):
     """Stands for a part while the model runs around it, and notes what the model reads of it."""
 
-    def __init__(self, part: Part, reads: list[tuple[str, str]]) -> None:
+    def __init__(self, part: Part, module: nn.Module, reads: list[tuple[str, str]]) -> None:
         super().__init__()
-        self.__dict__.update(plain_attributes(part.module))
+        self.__dict__.update(plain_attributes(module))
         self.__dict__["_part"] = part
+        self.__dict__["_module"] = module
         self.__dict__["_reads"] = reads
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._part.graph(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if "_part" in self.__dict__ and hasattr(self._part.module, name):
-            if name in self._part.module._parameters or name in self._part.module._buffers:
-                self._part.kept.add(name)
-            else:
-                self._reads.append((self._part.path, name))
-            return getattr(self._part.module, name)
-        raise AttributeError(name)
+        module = self.__dict__.get("_module")
+        if module is None or not hasattr(module, name):
+            raise AttributeError(name)
+        if name in module._parameters or name in module._buffers:
+            self._part.kept.add(name)
+        else:
+            self._reads.append((self._part.path, name))
+        return getattr(module, name)
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -301,20 +312,31 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _misfits(
-    model: nn.Module, parts: dict[str, Part], args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any
+    runs: Runs, parts: dict[str, Part], args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any
 ) -> dict[str, str]:
-    """The parts that the model can't do with in the place of its modules, with the reasons."""
-    problem, reads = _run_with_stubs(model, parts.values(), args, kwargs, expected)
+    """The parts that the model can't do with in the place of its modules, with the reasons.
+
+    The model may look for modules by their class, such as to record their outputs. Those that it misses are looked for
+    by halves, so that not every part costs a run; once there were many runs, halves are given up as they are.
+    """
+
+    def problem_with(some: list[Part]) -> tuple[str, list[tuple[str, str]]]:
+        return runs.run(lambda twin: _run_with_stubs(twin, some, args, kwargs, expected))
+
+    problem, reads = problem_with(list(parts.values()))
     if not problem:
         return {path: f"its attribute {name} is read from outside" for path, name in reads}
-    # The model may look for modules by their class, such as to record their outputs.
-    found = {}
-    for path, part in parts.items():
-        alone, _ = _run_with_stubs(model, [part], args, kwargs, expected)
-        if alone and path:
-            found[path] = f"with a graph in its place the model fails: {alone}"
-    if not found:
-        found = {path: f"with graphs in place the model fails: {problem}" for path in parts}
+    found: dict[str, str] = {}
+    pending = [(list(parts.values()), problem)]
+    left = 16 + 4 * len(parts).bit_length()
+    while pending:
+        some, problem = pending.pop(0)
+        halves = [some[: len(some) // 2], some[len(some) // 2 :]] if len(some) > 1 and left >= 2 else []
+        failing = [(half, why) for half in halves if (why := problem_with(half)[0])]
+        left -= len(halves)
+        pending.extend(failing)
+        if not failing:
+            found.update({part.path: f"with a graph in its place the model fails: {problem}" for part in some})
     return found
 
 
@@ -323,47 +345,18 @@ def _run_with_stubs(
 ) -> tuple[str, list[tuple[str, str]]]:
     """Run the model with parts in place: what went wrong, and what it read of them beside calling them."""
     reads: list[tuple[str, str]] = []
-    replaced = replace_modules(model, {id(part.module): _Stub(part, reads) for part in parts})
+    modules = [(part, submodule(model, part.path)) for part in parts]
+    replace_modules(model, {id(module): _Stub(part, module, reads) for part, module in modules})
     try:
-        with torch.no_grad(), same_random_numbers():
+        with torch.no_grad():
             return difference(expected, model(*copied(args), **copied(kwargs))), reads
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", reads
-    finally:
-        for owner, name, module in replaced:
-            owner._modules[name] = module
 
 
-def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put modules in the place of others, given by identity, wherever they are registered; gives what was replaced."""
-    found = [
-        (owner, name, module)
-        for owner in list(model.modules())
-        for name, module in owner._modules.items()
-        if module is not None and id(module) in new
-    ]
-    for owner, name, module in found:
-        owner._modules[name] = new[id(module)]
-    return found
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Leave the random numbers of the process as they were."""
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
-
-
-@contextmanager
-def comparable() -> Iterator[None]:
-    """Let torch's transformer modules compute as a graph of their operators does, and not by a kernel of their own."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with same_random_numbers():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, given by identity, wherever they are registered."""
+    for owner in list(model.modules()):
+        for name, module in owner._modules.items():
+            if module is not None and id(module) in new:
+                owner._modules[name] = new[id(module)]

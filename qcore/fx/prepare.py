@@ -1,20 +1,23 @@
 """The way of one traced part of a model to a prepared one: each pass in turn."""
 
-import copy
 import gc
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+
+from torch import nn
 
 from qcore.backend_config import BackendConfig
 from qcore.fx.expand import expand
 from qcore.fx.fuse import FusionPattern, fuse
-from qcore.fx.graph_module import Preparation, QGraphModule, own_modules, own_tensors
+from qcore.fx.graph_module import Preparation, QGraphModule, own_tensors, submodule
 from qcore.fx.observe import observe
 from qcore.fx.parts import Part, plain_attributes
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import propagate_examples
+from qcore.fx.tracer import is_torchs_own
+from qcore.fx.twin import Copies, copied_value, twin_of
 from qcore.observer import ObserverBase
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.quantization_plan import QuantizationPlan
@@ -32,6 +35,7 @@ class Preparer:
         config: its capability, or the user's own.
         is_custom_config: whether it is the user's own.
         preserved: names of attributes of the model that the user wants kept.
+        copies: of tensors of the model, for the results to have.
 
     Attributes:
         refusals: what was asked for and isn't accepted, of all parts so far.
@@ -48,6 +52,7 @@ class Preparer:
         config: BackendConfig,
         is_custom_config: bool,
         preserved: Sequence[str],
+        copies: Copies,
     ) -> None:
         self.resolver = resolver
         self.traits = traits
@@ -57,6 +62,7 @@ class Preparer:
         self.config = config
         self.is_custom_config = is_custom_config
         self.preserved = tuple(preserved)
+        self.copies = copies
         self.refusals: list[Refusal] = []
         self.plans: dict[str, QuantizationPlan] = {}
 
@@ -69,40 +75,59 @@ class Preparer:
         """The part with observers in it; its graph becomes the result's."""
         graph = part.graph
         before = set(graph.graph.nodes)
-        memo: dict[int, Any] = {}
-        if not part.path:  # A part of a model that stays Python shares what is a copy already.
-            own_modules(graph, part.module, memo)
         expand(graph)
         fuse(graph, self.patterns)
         if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
             propagate_examples(graph, part.examples)
-        if not part.path:
-            own_tensors(graph, part.module, memo)
+        own_tensors(graph, part.module, self.copies)
+        _make_leaves_as_new(graph, part.module, self.copies)
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
         plan = observe(graph, plan, self.kernels)
         graph.train(part.module.training)
+        preserved = self.preserved
         if part.path:  # The model around it goes on reading what it read.
-            preserved = (*plain_attributes(part.module), *part.kept)
-            vars(graph).update(plain_attributes(part.module))
+            attributes = plain_attributes(part.module)
+            preserved = (*attributes, *part.kept)
+            vars(graph).update(copied_value(attributes, self.copies))
         else:
-            preserved = self.preserved
             for name in preserved:
-                setattr(graph, name, copy.deepcopy(getattr(part.module, name)))
+                setattr(graph, name, copied_value(getattr(part.module, name), self.copies))
         preparation = Preparation(
             "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path
         )
         return graph.with_preparation(preparation)
 
 
+def _make_leaves_as_new(graph: QGraphModule, module: nn.Module, copies: Copies) -> None:
+    """A module that is kept whole may have changed when it was called."""
+    for path in dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "call_module"):
+        if not is_torchs_own(submodule(graph, path)):
+            owner, _, name = path.rpartition(".")
+            submodule(graph, owner)._modules[name] = twin_of(submodule(module, path), copies)
+
+
+class _Collector:
+    """The garbage collector is the process's: it is off as long as any thread wants it to be."""
+
+    lock = threading.Lock()
+    count = 0
+    was_enabled = False
+
+
 @contextmanager
 def garbage_left_alone() -> Iterator[None]:
     """Keep Python from looking for cycles: what a pass makes stays, and looking takes a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _Collector.lock:
+        if _Collector.count == 0:
+            _Collector.was_enabled = gc.isenabled()
+            gc.disable()
+        _Collector.count += 1
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _Collector.lock:
+            _Collector.count -= 1
+            if _Collector.count == 0 and _Collector.was_enabled:
+                gc.enable()

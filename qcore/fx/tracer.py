@@ -8,10 +8,9 @@ speaks of.
 """
 
 import contextlib
-import copy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -23,15 +22,18 @@ from torch.fx.proxy import Scope, ScopeContextManager
 from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
-from qcore.fx.example_tracer import ExampleTracer, UndecidableError, factories_recorded
+from qcore.fx.example_tracer import ExampleTracer, UndecidableError
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
+from qcore.fx.guard import guarded
 from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
+from qcore.fx.twin import Copies, shared, twin_of
 from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+_REGISTRIES = frozenset(vars(nn.Module()))
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -162,7 +164,7 @@ class NormalFormTracer(ExampleTracer):
             try:
                 if form is not None:
                     return self._inside(m, path, forward, args, kwargs)
-                with ScopeContextManager(self.scope, Scope(path, type(m))), self.with_own_isinstance(type(m).forward):
+                with ScopeContextManager(self.scope, Scope(path, type(m))):
                     return forward(*args, **kwargs)
             except Exception:
                 if self.failed_path is None:
@@ -198,8 +200,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with factories_recorded(self), self.with_own_isinstance(type(root).forward):
-            return super().trace(root, concrete_args)
+        return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A tensor that a forward reads, as a value of the graph; fx searches the whole model for each."""
@@ -276,7 +277,7 @@ class NormalFormTracer(ExampleTracer):
         if kind in ("call_function", "call_method") and origin is None and target is not check_size:
             origin = self._make_origin(target, False, self.scope.module_path)
             call = self._normal_form(target, args, kwargs)
-            inplace = call.inplace if call is not None else _writes_in_place(target, kwargs)
+            inplace = call.inplace if call is not None else writes_in_place(target, kwargs)
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
             if call is not None and call.operator is not None:
@@ -319,7 +320,14 @@ def _is_users(target: Any) -> bool:
     return isinstance(target, FunctionType) and not is_library
 
 
-def _writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
+def is_torchs_own(module: nn.Module) -> bool:
+    """Whether a module that stays whole is one of torch's that keep no state from call to call."""
+    if getattr(module, "max_norm", None) is not None:
+        return False  # An embedding that writes into its weight.
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def writes_in_place(target: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call without a normal form overwrites its first argument, by torch's way of naming."""
     if kwargs.get("inplace") is True:
         return True
@@ -336,7 +344,8 @@ def trace(
     *,
     path: str = "",
     calls: "Counter[tuple[str, ObjectType]] | None" = None,
-    copies: bool = True,
+    source: nn.Module | None = None,
+    copies: Copies | None = None,
 ) -> QGraphModule:
     """Trace ``model`` into a GraphModule of its own, in normal form.
 
@@ -348,77 +357,103 @@ def trace(
         examples: the tensors of that call.
         path: of ``model`` within the user's model, for the nodes' origins.
         calls: how often each type was called in each module so far; see ``NormalFormTracer``.
-        copies: whether parameters, buffers and leaf modules of the result are copies, or those of ``model``.
+        source: has the tensors and modules of the result, if ``model`` was run since then.
+        copies: makes the result's buffers and leaf modules, while parameters are those of ``source``; by default those,
+            too, are copies.
 
     Raises:
         TraceError: the forward can't be traced; names the submodule, the source line and what to do.
     """
+    twin = twin_of(model, shared)
+    tensors = [value for module in twin.modules() for value in _tensors_of(module)]
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
+    places = _Source(model if source is None else source, model, copies or Copies())
+    tracer.leaf = places.leaf
     try:
-        with _left_alone(model):
-            graph = tracer.trace(model)
+        with guarded(tensors):
+            graph = tracer.trace(twin)
+        _refuse_kept_values(twin)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
     drop_unread(graph)
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
-    return QGraphModule.of(_Root(model, graph, tracer.constants, copies), graph, is_raw=True)
+    root = _Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
+    return QGraphModule.of(root, graph, is_raw=True)
 
 
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Put back what a traced forward writes into its modules; a value of the graph that it keeps is an error."""
-    before = {
-        module: (dict(vars(module)), dict(module._parameters), dict(module._buffers), dict(module._modules))
-        for module in model.modules()
-    }
-    kept = ""
-    try:
-        yield
-    finally:
-        for module, (attributes, parameters, buffers, modules) in before.items():
-            for name, value in vars(module).items():
-                if attributes.get(name) is not value and values_in(value):
-                    kept = f"{type(module).__name__}.{name}"
-            vars(module).clear()
-            vars(module).update(attributes)
-            registries: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-                (module._parameters, parameters), (module._buffers, buffers), (module._modules, modules),
-            )  # fmt: skip
-            for own, saved in registries:
-                own.clear()
-                own.update(saved)
-    if kept:
-        raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
+def _tensors_of(module: nn.Module) -> Iterable[torch.Tensor]:
+    for values in (module._parameters, module._buffers, vars(module)):
+        yield from (value for value in values.values() if isinstance(value, torch.Tensor))
+
+
+def _refuse_kept_values(twin: nn.Module) -> None:
+    """A value of the graph that a forward leaves on its modules is one for later calls."""
+    for module in twin.modules():
+        for name, value in vars(module).items():
+            if name not in _REGISTRIES and type(value) not in _PLAIN and values_in(value):
+                kept = f"{type(module).__name__}.{name}"
+                raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
 
 def _identifier(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_") or "input"
 
 
+class _Source:
+    """Where a graph's tensors and modules come from.
+
+    Args:
+        model: has them as they are.
+        traced: has those that came to be while it ran.
+        copies: makes the graph's own.
+    """
+
+    def __init__(self, model: nn.Module, traced: nn.Module, copies: Copies) -> None:
+        self.model = model
+        self.traced = traced
+        self.copies = copies
+        self._leaves: dict[str, nn.Module] = {}
+
+    def leaf(self, path: str) -> nn.Module:
+        """A module to keep whole: a copy, as it may change when it is called."""
+        if path not in self._leaves:
+            self._leaves[path] = twin_of(self.get(path), self.copies)
+        return self._leaves[path]
+
+    def get(self, path: str) -> Any:
+        """What is at a path."""
+        try:
+            return get_attribute(self.model, path)
+        except AttributeError:
+            return get_attribute(self.traced, path)
+
+
 class _Root(nn.Module):
     """A root that holds just what a graph refers to; GraphModule takes its attributes from here."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], copies: bool) -> None:
+    def __init__(
+        self, source: _Source, graph: fx.Graph, constants: dict[str, torch.Tensor], *, keeps_parameters: bool
+    ) -> None:
         super().__init__()
-        memo: dict[int, Any] = {}
         # Modules first: a tensor may be one of theirs.
         for op in ("call_module", "get_attr"):
             for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == op):
                 owner_path, _, name = target.rpartition(".")
-                value = constants[target] if target in constants else get_attribute(model, target)
                 place = place_for(self, owner_path)
-                own = copy.deepcopy(value, memo) if copies else value
                 if name in place._parameters or name in place._buffers or name in place._modules:
                     continue
                 # Straight into the registries: a module's __setattr__ costs more than all else here.
-                registry: dict[str, Any] = place._buffers
-                if isinstance(own, nn.Module):
-                    registry = place._modules
-                elif isinstance(own, nn.Parameter):
-                    registry = place._parameters
-                registry[name] = own
-        self.training = model.training
+                if op == "call_module":
+                    place._modules[name] = source.leaf(target)
+                    continue
+                value: Any = constants[target] if target in constants else source.get(target)
+                if isinstance(value, nn.Parameter):
+                    registry: dict[str, Any] = place._parameters
+                    registry[name] = value if keeps_parameters else source.copies(value)
+                else:
+                    place._buffers[name] = value if target in constants else source.copies(value)
+        self.training = source.model.training
 
 
 def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
