@@ -370,15 +370,23 @@ def delete_tensor(module: nn.Module, target: str) -> None:
 
 def own_tensors(module: nn.Module, foreign: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace tensors that ``module`` shares with another by copies; those that a pass replaced are its own already."""
-    theirs = {id(tensor) for tensor in (*foreign.parameters(), *foreign.buffers())}
-    for other in foreign.modules():  # A tensor may as well be a plain attribute.
-        theirs.update(id(value) for value in vars(other).values() if isinstance(value, torch.Tensor))
+    theirs = {id(tensor) for tensor in tensors_of(foreign)}
     for owner in module.modules():
         registries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for registry in registries:
             for name, tensor in registry.items():
                 if id(tensor) in theirs:
                     registry[name] = copied(tensor)
+
+
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """A model's parameters and buffers, and the tensors that are plain attributes of its modules."""
+    found: list[Any] = []
+    for module in model.modules():
+        found.extend(module._parameters.values())
+        found.extend(module._buffers.values())
+        found.extend(vars(module).values())
+    return [value for value in found if isinstance(value, torch.Tensor)]
 
 
 def free_name(taken: Mapping[str, Any] | set[str], wanted: str, counter: dict[str, int]) -> str:

@@ -77,6 +77,9 @@ class ThreadTracer(fx.Tracer):
 
     def look_into(self, forward: Callable[..., Any]) -> None:
         """A function is going to be traced: names of its file may have to mean something else."""
+        if id(forward) in self._seen:
+            return
+        self._seen.add(id(forward))
         for function in (forward, inspect.unwrap(forward)):
             space = getattr(function, "__globals__", None)
             if space is None or id(space) in self._seen:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
-from qcore.fx.graph_module import QGraphModule, get_attribute, place_for
+from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, tensors_of
 from qcore.fx.guard import guarded
 from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
@@ -33,6 +33,7 @@ from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+_CONTAINERS = frozenset({tuple, list, dict})
 _REGISTRIES = frozenset(vars(nn.Module()))
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -365,12 +366,11 @@ def trace(
         TraceError: the forward can't be traced; names the submodule, the source line and what to do.
     """
     twin = twin_of(model, shared)
-    tensors = [value for module in twin.modules() for value in _tensors_of(module)]
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
     places = _Source(model if source is None else source, model, copies or Copies())
     tracer.leaf = places.leaf
     try:
-        with guarded(tensors):
+        with guarded(tensors_of(twin)):
             graph = tracer.trace(twin)
         _refuse_kept_values(twin)
     except Exception as error:
@@ -382,16 +382,13 @@ def trace(
     return QGraphModule.of(root, graph, is_raw=True)
 
 
-def _tensors_of(module: nn.Module) -> Iterable[torch.Tensor]:
-    for values in (module._parameters, module._buffers, vars(module)):
-        yield from (value for value in values.values() if isinstance(value, torch.Tensor))
-
-
 def _refuse_kept_values(twin: nn.Module) -> None:
     """A value of the graph that a forward leaves on its modules is one for later calls."""
     for module in twin.modules():
         for name, value in vars(module).items():
-            if name not in _REGISTRIES and type(value) not in _PLAIN and values_in(value):
+            if type(value) in _PLAIN or name in _REGISTRIES:
+                continue
+            if (type(value) in _CONTAINERS or issubclass(type(value), Value)) and values_in(value):
                 kept = f"{type(module).__name__}.{name}"
                 raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 

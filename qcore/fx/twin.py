@@ -138,17 +138,22 @@ class _Copier:
 
     def module(self, model: nn.Module) -> nn.Module:
         """The copy of a module and of all inside, which may refer to each other: all are there before any is filled."""
-        plain = [m for m in model.modules() if id(m) not in self.memo and _is_plain(type(m))]  # type: ignore[arg-type]
+        modules = [module for module in model.modules() if id(module) not in self.memo]
+        plain = [module for module in modules if _is_plain(type(module))]  # type: ignore[arg-type]
         for module in plain:
             self.memo[id(module)] = object.__new__(type(module))
-        for tensor in (*model.parameters(), *model.buffers()):  # Ready for modules that copy themselves.
-            self.value(tensor)
+        if len(plain) < len(modules):  # Those that copy themselves find their tensors ready.
+            for tensor in (*model.parameters(), *model.buffers()):
+                self.value(tensor)
         for module in plain:
-            state = vars(self.memo[id(module)])
-            for name, value in module.__getstate__().items():
+            state = module.__getstate__()
+            for name, value in state.items():
                 kind = type(value)
-                # Most of what a module has are registries without entries.
+                if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
+                    continue
+                # Most of what is left are registries without entries.
                 state[name] = kind() if (kind is dict or kind is OrderedDict) and not value else self.value(value)
+            vars(self.memo[id(module)]).update(state)
         if id(model) in self.memo:
             return self.memo[id(model)]  # type: ignore[no-any-return]
         made: nn.Module = self.copied(model)
