@@ -5,6 +5,7 @@ import functools
 import importlib
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -371,7 +372,7 @@ def delete_tensor(module: nn.Module, target: str) -> None:
 def own_tensors(module: nn.Module, foreign: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace tensors that ``module`` shares with another by copies; those that a pass replaced are its own already."""
     theirs = {id(tensor) for tensor in tensors_of(foreign)}
-    for owner in module.modules():
+    for owner in modules_of(module):
         registries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for registry in registries:
             for name, tensor in registry.items():
@@ -379,13 +380,28 @@ def own_tensors(module: nn.Module, foreign: nn.Module, copied: Callable[[torch.T
                     registry[name] = copied(tensor)
 
 
+#: Most of what a module has.
+_NO_TENSORS = frozenset({type(None), bool, int, float, str, tuple, set, dict, OrderedDict})
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """A model's modules; many times faster than ``modules``."""
+    found, seen = [model], {id(model)}
+    for module in found:  # It grows meanwhile.
+        for inner in module._modules.values():
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return found
+
+
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     """A model's parameters and buffers, and the tensors that are plain attributes of its modules."""
     found: list[Any] = []
-    for module in model.modules():
+    for module in modules_of(model):
         found.extend(module._parameters.values())
         found.extend(module._buffers.values())
-        found.extend(vars(module).values())
+        found.extend([value for value in vars(module).values() if type(value) not in _NO_TENSORS])
     return [value for value in found if isinstance(value, torch.Tensor)]
 
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from qcore.errors import TraceError
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
-from qcore.fx.graph_module import QGraphModule, get_attribute, place_for, tensors_of
+from qcore.fx.graph_module import QGraphModule, get_attribute, modules_of, place_for, tensors_of
 from qcore.fx.guard import guarded
 from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
@@ -384,11 +384,14 @@ def trace(
 
 def _refuse_kept_values(twin: nn.Module) -> None:
     """A value of the graph that a forward leaves on its modules is one for later calls."""
-    for module in twin.modules():
+    for module in modules_of(twin):
         for name, value in vars(module).items():
-            if type(value) in _PLAIN or name in _REGISTRIES:
+            kind = type(value)
+            if kind in _PLAIN or name in _REGISTRIES:
                 continue
-            if (type(value) in _CONTAINERS or issubclass(type(value), Value)) and values_in(value):
+            if (issubclass(kind, Value) or (kind in _CONTAINERS and not _PLAIN.issuperset(map(type, value)))) and (
+                values_in(value)
+            ):
                 kept = f"{type(module).__name__}.{name}"
                 raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
