@@ -1,6 +1,5 @@
 """The verbs: prepare_fx, convert_fx, convert_to_reference_fx, fuse_fx, explain, and the default mappings."""
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -284,7 +283,7 @@ def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str) -> n
     if "" in new:
         return new[""]
     memo: dict[int, Any] = {id(model.get_submodule(path)): part for path, part in new.items()}
-    result = copy.deepcopy(model, memo)
+    result = twin_of(model, memo=memo)
     inner = result.model if isinstance(result, FloatFallback) else result
     if PARTIAL in inner.__dict__:
         inner.__dict__[PARTIAL] = replace(inner.__dict__[PARTIAL], stage=stage)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from qcore.fx.graph_module import computed, submodule
+from qcore.fx.guard import aside
 from qcore.fx.patches import unpatched
 from qcore.fx.signature import check_size
 from qcore.fx.thread_tracer import ThreadTracer
@@ -17,8 +18,10 @@ from qcore.fx.values import Value, values_in
 
 #: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
 _FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros",
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "zeros",
 )  # fmt: skip
+_RANDOM_FACTORIES = ("rand", "randint", "randn", "randperm")
 _VARIADIC_FACTORIES = ("empty", "ones", "rand", "randn", "zeros")
 _SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
 _NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
@@ -76,7 +79,7 @@ class ExampleTracer(ThreadTracer):
         if node not in self._known:
             self.is_evaluating = True
             try:
-                with torch.no_grad():
+                with torch.no_grad(), aside():
                     for earlier in self._order[len(self._known) :]:
                         self._known[earlier] = self._evaluated(earlier)
             finally:
@@ -114,7 +117,8 @@ class ExampleTracer(ThreadTracer):
 
     def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
-            if self.is_evaluating or not values_in((args, kwargs)):
+            # A random number that is drawn while tracing would be the same in every call.
+            if self.is_evaluating or not (name in _RANDOM_FACTORIES or values_in((args, kwargs))):
                 return function(*args, **kwargs)
             if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
                 args = (tuple(args),)

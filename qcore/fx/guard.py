@@ -113,12 +113,14 @@ def _address(tensor: Tensor) -> int:
 
 
 @contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """What this thread draws within this under a guard is drawn after it once more."""
+def aside() -> Iterator[None]:
+    """What this thread draws within this under a guard doesn't count, and is drawn after it once more."""
     guard = _thread.guard
-    before = None if guard is None else guard.stream
+    if guard is None:
+        yield
+        return
+    before = guard.stream, guard.draws
     try:
         yield
     finally:
-        if guard is not None and before is not None:
-            guard.stream = before
+        guard.stream, guard.draws = before

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from qcore.errors import TraceError
 from qcore.fx.forms import MODULES
 from qcore.fx.graph_module import QGraphModule, submodule
-from qcore.fx.guard import same_random_numbers
+from qcore.fx.guard import aside
 from qcore.fx.runs import Runs
 from qcore.fx.shapes import copied, difference, propagate_examples, run_model
 from qcore.fx.signature import CallSignature, NotConstantError
@@ -181,7 +181,7 @@ class _Finder:
             if self.is_inside or path in self.python or self.is_leaf(path, module):
                 return self.inside(forward, args, kwargs) if self.is_leaf(path, module) else forward(*args, **kwargs)
             given = copied((args, kwargs))
-            with same_random_numbers():
+            with aside():
                 reason, found = self.attempt(path, module, args, kwargs)
             if reason is None:
                 expected = self.inside(forward, args, kwargs)

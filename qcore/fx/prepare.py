@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from qcore.backend_config import BackendConfig
+from qcore.fx.effects import keeps_no_state
 from qcore.fx.expand import expand
 from qcore.fx.fuse import FusionPattern, fuse
 from qcore.fx.graph_module import Preparation, QGraphModule, own_tensors, submodule
@@ -16,7 +17,6 @@ from qcore.fx.parts import Part, plain_attributes
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
 from qcore.fx.shapes import propagate_examples
-from qcore.fx.tracer import is_torchs_own
 from qcore.fx.twin import Copies, copied_value, twin_of
 from qcore.observer import ObserverBase
 from qcore.qconfig import ObserverConstructor, ObserverTraits
@@ -103,7 +103,7 @@ class Preparer:
 def _make_leaves_as_new(graph: QGraphModule, module: nn.Module, copies: Copies) -> None:
     """A module that is kept whole may have changed when it was called."""
     for path in dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "call_module"):
-        if not is_torchs_own(submodule(graph, path)):
+        if not keeps_no_state(submodule(graph, path)):
             owner, _, name = path.rpartition(".")
             submodule(graph, owner)._modules[name] = twin_of(submodule(module, path), copies)
 

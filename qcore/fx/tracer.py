@@ -10,7 +10,7 @@ speaks of.
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -22,18 +22,21 @@ from torch.fx.proxy import Scope, ScopeContextManager
 from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
+from qcore.fx.effects import has_hooks, is_harmless, writes_in_place
 from qcore.fx.example_tracer import ExampleTracer, UndecidableError
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
-from qcore.fx.graph_module import QGraphModule, get_attribute, modules_of, place_for, tensors_of
+from qcore.fx.graph_module import QGraphModule, get_attribute, modules_of, place_for, submodule, tensors_of
 from qcore.fx.guard import guarded
 from qcore.fx.nodes import drop_unread, set_arguments
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.twin import Copies, shared, twin_of
+from qcore.fx.twin import Copies, shared, twin_of, with_shared_parameters
 from qcore.fx.values import Value, values_in
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 _CONTAINERS = frozenset({tuple, list, dict})
+#: Where the result of ``trace`` says whether its forward is harmless; see ``effects.is_harmless``.
+HARMLESS = "qcore_harmless"
 _REGISTRIES = frozenset(vars(nn.Module()))
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -154,7 +157,7 @@ class NormalFormTracer(ExampleTracer):
         if self._is_opaque(m, path):
             return self._leaf(m, path, forward, args, kwargs)
         form = MODULES.get(type(m))
-        if form is not None and not m._forward_hooks and not m._forward_pre_hooks:
+        if form is not None and not has_hooks(m):
             try:
                 call = form(m, lambda name: self._attribute(path, m, name), *args, **kwargs)
             except TypeError:
@@ -321,21 +324,6 @@ def _is_users(target: Any) -> bool:
     return isinstance(target, FunctionType) and not is_library
 
 
-def is_torchs_own(module: nn.Module) -> bool:
-    """Whether a module that stays whole is one of torch's that keep no state from call to call."""
-    if getattr(module, "max_norm", None) is not None:
-        return False  # An embedding that writes into its weight.
-    return type(module).__module__.startswith("torch.nn.modules.")
-
-
-def writes_in_place(target: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call without a normal form overwrites its first argument, by torch's way of naming."""
-    if kwargs.get("inplace") is True:
-        return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or target in INPLACE
-
-
 def trace(
     model: nn.Module,
     leaf_names: Iterable[str] = (),
@@ -365,33 +353,41 @@ def trace(
     Raises:
         TraceError: the forward can't be traced; names the submodule, the source line and what to do.
     """
-    twin = twin_of(model, shared)
+    tensors: list[torch.Tensor] = []
+
+    def counterpart(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(shared(tensor))
+        return tensors[-1]
+
+    twin = twin_of(model, counterpart)
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
     places = _Source(model if source is None else source, model, copies or Copies())
     tracer.leaf = places.leaf
     try:
-        with guarded(tensors_of(twin)):
+        with guarded(tensors) as guard:
             graph = tracer.trace(twin)
+            if guard.draws:
+                raise UndecidableError("it draws random numbers, which a graph would hold as constants")
         _refuse_kept_values(twin)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
+    harmless = is_harmless(graph, tracer.leaf)
     drop_unread(graph)
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
     root = _Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
-    return QGraphModule.of(root, graph, is_raw=True)
+    traced = QGraphModule.of(root, graph, is_raw=True)
+    traced.meta[HARMLESS] = harmless
+    return traced
 
 
 def _refuse_kept_values(twin: nn.Module) -> None:
     """A value of the graph that a forward leaves on its modules is one for later calls."""
     for module in modules_of(twin):
         for name, value in vars(module).items():
-            kind = type(value)
-            if kind in _PLAIN or name in _REGISTRIES:
+            if type(value) in _PLAIN or name in _REGISTRIES:
                 continue
-            if (issubclass(kind, Value) or (kind in _CONTAINERS and not _PLAIN.issuperset(map(type, value)))) and (
-                values_in(value)
-            ):
+            if (type(value) in _CONTAINERS or issubclass(type(value), Value)) and values_in(value):
                 kept = f"{type(module).__name__}.{name}"
                 raise UndecidableError(f"it keeps a value of this call in {kept} for later calls")
 
@@ -418,7 +414,12 @@ class _Source:
     def leaf(self, path: str) -> nn.Module:
         """A module to keep whole: a copy, as it may change when it is called."""
         if path not in self._leaves:
-            self._leaves[path] = twin_of(self.get(path), self.copies)
+            module = self.get(path)
+            if any(has_hooks(inner) for inner in modules_of(module)):  # They may know the model.
+                memo: dict[int, Any] = {id(tensor): self.copies(tensor) for tensor in tensors_of(module)}
+                self._leaves[path] = submodule(twin_of(self.model, with_shared_parameters, memo), path)
+            else:
+                self._leaves[path] = twin_of(module, self.copies)
         return self._leaves[path]
 
     def get(self, path: str) -> Any:

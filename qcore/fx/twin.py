@@ -140,7 +140,7 @@ class _Copier:
 
     def module(self, model: nn.Module) -> nn.Module:
         """The copy of a module and of all inside, which may refer to each other: all are there before any is filled."""
-        modules = [module for module in modules_of(model) if id(module) not in self.memo]
+        modules = modules_of(model, self.memo)
         plain = [module for module in modules if _is_plain(type(module))]  # type: ignore[arg-type]
         for module in plain:
             self.memo[id(module)] = object.__new__(type(module))
