@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import pickle
 
@@ -625,3 +626,65 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.linear(x + torch.rand(x.shape[0], 4))
+
+
+def merges(forward):
+    """As libraries do: what isn't given is filled in, what is given by position can't be filled in again."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **{"doubled": self.doubled, **kwargs})
+
+    return wrapper
+
+
+class Merges(nn.Module):
+    def __init__(self, inner=None):
+        super().__init__()
+        self.linear, self.doubled, self.inner = nn.Linear(4, 4), True, inner
+
+    @merges
+    def forward(self, x, mask=None, doubled=None, **options):
+        y = self.linear(x) if mask is None else self.linear(x) + mask
+        y = y if self.inner is None else self.inner(y)
+        return y * 2 if doubled else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "inputs", [lambda x: (x,), lambda x: {"x": x}, lambda x: ((x,), {"mask": x}), lambda x: ((x,), {"doubled": False})]
+)
+def test_only_what_was_given_is_passed_on_and_as_it_was(inputs):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4), Merges(Merges()).eval()
+    args, kwargs = qcore.quantize_fx._call(inputs(x))
+    prepared = pickle.loads(pickle.dumps(prepared_for(model, inputs(x))))
+    assert isinstance(prepared, QGraphModule) and len([d for d in qcore.explain(prepared).quantized if d.weights]) == 2
+    assert torch.allclose(prepared(*args, **kwargs), model(*args, **kwargs), atol=1e-6)
+    with pytest.raises(errors.GuardError, match="Merges was prepared for one form of call"):
+        prepared(x, doubled=True)  # To the function around the forward that is no default.
+
+
+ONES = torch.ones(1)
+
+
+class Defaults(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    @torch.no_grad()
+    def forward(self, x, mask=None, *, flag=True, activation=torch.relu, shift=ONES):
+        return activation(self.linear(x)) + shift if flag else self.linear(x)
+
+
+def test_a_default_that_is_given_is_the_same_call():
+    x, model = torch.randn(2, 4), Defaults()
+    prepared = prepared_for(model, (x,))
+    assert isinstance(prepared, QGraphModule)
+    for kwargs in ({}, {"mask": None}, {"flag": True}, {"mask": None, "flag": True}):
+        assert torch.allclose(prepared(x, **kwargs), model(x), atol=1e-6)
+    for kwargs in ({"flag": False}, {"mask": x}, {"shift": torch.zeros(1)}):
+        with pytest.raises(errors.GuardError):
+            prepared(x, **kwargs)
+    assert torch.allclose(prepared_for(model, (x, None))(x), model(x), atol=1e-6)
