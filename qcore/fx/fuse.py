@@ -18,6 +18,7 @@ from qcore.fx.match import only_reader
 from qcore.fx.nodes import new_node
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
+from qcore.fx.signature import check_size
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,22 @@ class FusionPattern:
 
 
 def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModule:
-    """Apply every pattern wherever it fits, longest first, in one walk; changes and returns ``module``.
+    """Apply every pattern wherever it fits; changes and returns ``module``; see :func:`apply_patterns`."""
+    apply_patterns(module, patterns)
+    return module
+
+
+def apply_patterns(module: QGraphModule, patterns: Sequence[FusionPattern]) -> bool:
+    """Apply every pattern wherever it fits, longest first, in one walk.
 
     Args:
-        module: in normal form; it must be one of qcore's own copies.
+        module: in normal form; it must be one of qcore's own copies, and is changed.
         patterns: of the backend.
+
+    Returns:
+        Whether any was applied.
     """
+    changed = False
     by_anchor: dict[object, list[tuple[tuple[object, ...], FusionPattern]]] = {}
     for pattern in patterns:
         keys = pattern_keys(pattern.pattern)
@@ -54,8 +65,9 @@ def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModul
         for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
             chain = _chain(node, keys, module_types)
             if chain is not None and pattern.rewrite(module, chain):
+                changed = True
                 break
-    return module
+    return changed
 
 
 def _chain(node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]) -> list[fx.Node] | None:
@@ -85,7 +97,7 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     tensors = [None if v is None else get_attribute(module, str(v.target)) for v in parameters]  # type: ignore[union-attr]
     weight: Tensor = tensors[0]  # type: ignore[assignment]
     bias, mean, var, gamma, beta = tensors[1:]
-    if mean is None or var is None:
+    if mean is None or var is None or not _normalizes_channels(module, weighted):
         return False
     groups = int(weighted.args[6]) if op in CONV_TRANSPOSE else 1  # type: ignore[arg-type]
     with torch.no_grad():
@@ -113,6 +125,30 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
             module.graph.erase_node(node)
             if node.target not in (new_weight.target, new_bias.target):
                 delete_tensor(module, str(node.target))
+    return True
+
+
+def _normalizes_channels(module: QGraphModule, weighted: fx.Node) -> bool:
+    """Whether the axis that a batch norm goes by, the second one, is that of a layer's output channels.
+
+    Of a linear layer's results that depends on their rank, so the graph gets a check of it.
+    """
+    op = operator_of(weighted)
+    rank = 2 if op is LINEAR else 2 + (CONV.index(op) if op in CONV else CONV_TRANSPOSE.index(op)) + 1
+    example = weighted.meta.get("example")
+    if example is not None and len(example.shape) != rank:
+        return False
+    if rank > 3:  # Norms of images take batches only.
+        return True
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and "example" in node.meta]
+    # Without examples it is the layer itself that has to be looked at.
+    for node in inputs if example is not None else [weighted]:
+        if not any(user.target == "dim" for user in node.users):
+            expected = rank if node is weighted else len(node.meta["example"].shape)
+            with module.graph.inserting_after(node):
+                size = new_node(module.graph, "call_method", "dim", (node,))
+            with module.graph.inserting_after(size):
+                new_node(module.graph, "call_function", check_size, (size, expected, f"{node.name}.dim()"))
     return True
 
 

@@ -112,6 +112,11 @@ def _address(tensor: Tensor) -> int:
         return 0  # One without a storage, such as a sparse one.
 
 
+def draws() -> int:
+    """How many operators drew random numbers since this thread is under its guard."""
+    return 0 if _thread.guard is None else _thread.guard.draws
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """What this thread draws within this under a guard doesn't count, and is drawn after it once more."""

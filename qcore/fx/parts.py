@@ -8,6 +8,7 @@ the same, and what is called in several forms, is opened: it stays Python, and i
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from qcore.errors import TraceError
 from qcore.fx.forms import MODULES
 from qcore.fx.graph_module import QGraphModule, submodule
-from qcore.fx.guard import aside
+from qcore.fx.guard import aside, draws
 from qcore.fx.runs import Runs
 from qcore.fx.shapes import copied, difference, propagate_examples, run_model
 from qcore.fx.signature import CallSignature, NotConstantError
@@ -35,17 +36,27 @@ class Part:
     Attributes:
         path: of the module in the model.
         module: the module, as it is in the user's model.
+        root: what was traced: the module, or what calls it.
         graph: what was traced; it has the module's own parameters.
         signature: how it is called.
         examples: the tensors of that call.
+        trace_again: makes the graph anew.
+        replay: runs such a graph on the examples.
+        result: what that gave.
+        is_random: whether it gives another result each time.
         kept: names of its tensors that the model around it reads, too.
     """
 
     path: str
     module: nn.Module
+    root: nn.Module
     graph: QGraphModule
     signature: CallSignature
     examples: list[Tensor]
+    trace_again: Callable[[], QGraphModule]
+    replay: Callable[[QGraphModule], Any]
+    result: Any = None
+    is_random: bool = False
     kept: set[str] = field(default_factory=set)
 
 
@@ -91,15 +102,18 @@ def find_parts(
     try:
         signature = CallSignature.of(model, args, kwargs, type(model).__name__)
         examples = signature.bind(args, kwargs)
-        graph = trace(model, leaf_names, leaf_classes, signature, examples, copies=copies)
-        whole = Part("", model, graph, signature, examples)
+        again = partial(trace, model, leaf_names, leaf_classes, signature, examples, copies=copies)
+        graph = again()
+        replay = partial(runs.replay, examples)
+        whole = Part("", model, model, graph, signature, examples, again, replay)
         runs.trust(graph)
     except Exception as error:
         reason = _reason("", model, error)
     expected = runs.run(lambda twin: run_model(twin, args, kwargs))
     if whole is not None:
         try:
-            problem = difference(expected, runs.replay(lambda: propagate_examples(whole.graph, whole.examples)))
+            whole.result = whole.replay(whole.graph)
+            problem = difference(expected, whole.result)
             if not problem:
                 copies.make_as_new()
                 return Parts({"": whole}, copies)
@@ -111,7 +125,7 @@ def find_parts(
     while True:
 
         def search(twin: nn.Module) -> _Finder:
-            finder = _Finder(twin, model, copies, leaf_names, leaf_classes, closed)
+            finder = _Finder(twin, runs, copies, leaf_names, leaf_classes, closed)
             finder.run(args, kwargs)
             return finder
 
@@ -143,14 +157,14 @@ class _Finder:
     def __init__(
         self,
         model: nn.Module,
-        source: nn.Module,
+        runs: Runs,
         copies: Copies,
         leaf_names: tuple[str, ...],
         leaf_classes: tuple[type[nn.Module], ...],
         closed: dict[str, str],
     ) -> None:
         self.model = model
-        self.source = source
+        self.runs = runs
         self.copies = copies
         self.leaf_names = leaf_names
         self.leaf_classes = leaf_classes
@@ -221,20 +235,29 @@ class _Finder:
             if part is None:
                 calls = Counter(self.calls)
                 inner = [name.removeprefix(f"{path}.") for name in self.leaf_names if name.startswith(f"{path}.")]
-                own = submodule(self.source, path)
+                own = submodule(self.runs.model, path)
                 root, source, place = module, own, path
                 if isinstance(module, nn.MultiheadAttention):
                     place, _, name = path.rpartition(".")
                     root, source = _Holder(name, module), _Holder(name, own)
-                graph = trace(
-                    root, inner, self.leaf_classes, signature, examples,
-                    path=place, calls=calls, source=source, copies=self.copies,
+                examples, before_it = copied(examples), Counter(calls)
+
+                def traced(root: nn.Module, calls: "Counter[tuple[str, ObjectType]]") -> QGraphModule:
+                    return trace(
+                        root, inner, self.leaf_classes, signature, examples,
+                        path=place, calls=calls, source=source, copies=self.copies,
+                    )  # fmt: skip
+
+                part = Part(
+                    path, own, source, traced(root, calls), signature, examples,
+                    lambda: traced(source, Counter(before_it)), partial(self.runs.replay, examples),
                 )  # fmt: skip
-                part = Part(path, own, graph, signature, copied(examples))
-                result = propagate_examples(graph, examples)
+                drawn = draws()
+                part.result = propagate_examples(part.graph, examples)
+                part.is_random = draws() > drawn
                 self.parts[path] = part
                 self.calls = calls
-                return None, result
+                return None, part.result
             if part.signature != signature:
                 return PythonModule(path, type(module).__name__, "it is called in several forms"), None
             return None, propagate_examples(part.graph, examples)

@@ -4,20 +4,22 @@ import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
 from qcore.backend_config import BackendConfig
 from qcore.fx.effects import keeps_no_state
-from qcore.fx.expand import expand
-from qcore.fx.fuse import FusionPattern, fuse
+from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import Preparation, QGraphModule, own_tensors, submodule
 from qcore.fx.observe import observe
 from qcore.fx.parts import Part, plain_attributes
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
-from qcore.fx.shapes import propagate_examples
+from qcore.fx.runs import comparable
+from qcore.fx.tracer import HARMLESS
 from qcore.fx.twin import Copies, copied_value, twin_of
+from qcore.fx.verify import rewrite
 from qcore.observer import ObserverBase
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.quantization_plan import QuantizationPlan
@@ -73,17 +75,15 @@ class Preparer:
 
     def prepare(self, part: Part) -> QGraphModule:
         """The part with observers in it; its graph becomes the result's."""
-        graph = part.graph
-        before = set(graph.graph.nodes)
-        expand(graph)
-        fuse(graph, self.patterns)
-        if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
-            propagate_examples(graph, part.examples)
-        own_tensors(graph, part.module, self.copies)
-        _make_leaves_as_new(graph, part.module, self.copies)
+        with comparable():
+            graph, notes = rewrite(part, self.patterns)
+        graph.meta.pop(HARMLESS, None)
+        own_tensors(graph, part.root, self.copies)
+        _make_leaves_as_new(graph, part.root, self.copies)
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
+        plan = replace(plan, notes=(*plan.notes, *notes))
         plan = observe(graph, plan, self.kernels)
         graph.train(part.module.training)
         preserved = self.preserved

@@ -4,15 +4,16 @@ What runs is a twin of the model (``twin.py``). A model that is known to do no m
 other is guarded (``guard.py``), and if it writes into its parameters, the run is repeated with copies of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qcore.fx.guard import guarded
 from qcore.fx.patches import Patches
+from qcore.fx.shapes import propagate_examples
 from qcore.fx.tracer import HARMLESS
 from qcore.fx.twin import cloned, shared, twin_of, with_shared_parameters
 
@@ -57,12 +58,12 @@ class Runs:
         with guarded((), self._start):
             return function(twin_of(self.model, cloned))
 
-    def replay(self, function: Callable[[], T]) -> T:
-        """What a function gives that runs a graph which has the model's own parameters."""
+    def replay(self, examples: Sequence[Tensor], graph: fx.GraphModule) -> Any:
+        """What a graph gives that has the model's own parameters; see ``propagate_examples``."""
         if not self._is_guarded:
-            return function()
+            return propagate_examples(graph, examples)
         with guarded(self.model.parameters(), self._start):
-            return function()
+            return propagate_examples(graph, examples)
 
 
 @contextmanager
