@@ -29,10 +29,12 @@ class FusionPattern:
         pattern: an operator, or a tuple of operators, each the only reader of the one before it.
         rewrite: gets the module and the chain's nodes; changes the module's graph and tensors so that it computes the
             same, and returns whether it did (``False`` leaves the chain as it was).
+        needs_run: whether a run of the network on the example inputs has to show that it computes the same.
     """
 
     pattern: Pattern
     rewrite: Callable[[QGraphModule, Sequence[fx.Node]], bool]
+    needs_run: bool = True
 
 
 def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModule:
@@ -49,9 +51,9 @@ def apply_patterns(module: QGraphModule, patterns: Sequence[FusionPattern]) -> b
         patterns: of the backend.
 
     Returns:
-        Whether any was applied.
+        Whether any was applied that needs a run.
     """
-    changed = False
+    needs_run = False
     by_anchor: dict[object, list[tuple[tuple[object, ...], FusionPattern]]] = {}
     for pattern in patterns:
         keys = pattern_keys(pattern.pattern)
@@ -65,9 +67,9 @@ def apply_patterns(module: QGraphModule, patterns: Sequence[FusionPattern]) -> b
         for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
             chain = _chain(node, keys, module_types)
             if chain is not None and pattern.rewrite(module, chain):
-                changed = True
+                needs_run |= pattern.needs_run
                 break
-    return changed
+    return needs_run
 
 
 def _chain(node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]) -> list[fx.Node] | None:
@@ -84,7 +86,7 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     """Fold an evaluation-mode batch norm into the weight and bias of the operator before it.
 
     The arithmetic and its order are those of ``torch.nn.utils.fusion.fuse_conv_bn_weights``, so that the folded weights
-    are the same to the last bit.
+    are the same to the last bit. Whether it may be done is asked of the graph alone, so a run would show nothing more.
     """
     weighted, norm = chain
     op = operator_of(weighted)
@@ -180,5 +182,5 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
 
 #: Folding of batch norms; what a backend's ``qcore_fusion_patterns`` usually returns, alone or with its own.
 BATCH_NORM_FUSIONS: tuple[FusionPattern, ...] = tuple(
-    FusionPattern((op, BATCH_NORM), fold_batch_norm) for op in (*CONV, *CONV_TRANSPOSE, LINEAR)
+    FusionPattern((op, BATCH_NORM), fold_batch_norm, needs_run=False) for op in (*CONV, *CONV_TRANSPOSE, LINEAR)
 )

@@ -63,7 +63,7 @@ def _name(pattern: FusionPattern) -> str:
 
 
 def _problem(part: Part, graph: QGraphModule, change: _Rewrite) -> str:
-    """What a change of the graph changes in its results on the example inputs; empty if that is nothing."""
+    """What a change of the graph (which says whether it has to be run) does to its results; empty if nothing."""
     try:
         if not change(graph):
             return ""
