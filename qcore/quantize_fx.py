@@ -28,7 +28,7 @@ from qcore.fx.graph_module import (
     PartialPreparation,
     QGraphModule,
 )
-from qcore.fx.parts import find_parts
+from qcore.fx.parts import find_parts, keep_to_operators
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
@@ -138,6 +138,7 @@ def prepare_fx(
             id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle
         }
         result = twin_of(model, found.copies, used)
+        keep_to_operators(result)
         result.__dict__[PARTIAL] = PartialPreparation("prepared", found.python, idle, found.other_weights)
     if custom.guard_failure == "float":
         result = FloatFallback(result, twin_of(model))

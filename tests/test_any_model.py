@@ -688,3 +688,51 @@ def test_a_default_that_is_given_is_the_same_call():
         with pytest.raises(errors.GuardError):
             prepared(x, **kwargs)
     assert torch.allclose(prepared_for(model, (x, None))(x), model(x), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masks", ["causal", "hinted", "boolean", "padding", "both", "unhinted, no causal one"])
+def test_an_encoder_with_masks_is_a_graph(masks, batch_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 16)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    options = {
+        "causal": {"mask": causal},
+        "hinted": {"mask": causal, "is_causal": True},
+        "boolean": {"mask": causal != 0},
+        "padding": {"src_key_padding_mask": padding},
+        "both": {"mask": causal != 0, "src_key_padding_mask": padding},
+        "unhinted, no causal one": {"mask": causal.T.contiguous()},
+    }[masks]
+    x = x if batch_first else x.transpose(0, 1).contiguous()
+    prepared = prepared_for(model, ((x,), options))
+    assert isinstance(prepared, QGraphModule)
+    assert sum(bool(d.weights) for d in qcore.explain(prepared).quantized) == 8
+    assert torch.allclose(prepared(x, **options), model(x, **options), atol=1e-5)
+    close(qcore.convert_fx(prepared)(x, **options), model(x, **options))
+
+
+class DecidingLayer(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return super()._ff_block(x) if x.sum() > -1e9 else x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_layer_that_stays_python_does_not_pass_its_parts_by(padded):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(DecidingLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    options = {"src_key_padding_mask": padding} if padded else {}
+    prepared = prepared_for(model, ((x,), options))
+    assert qcore.explain(prepared).parts[:3] == ("layers.0.self_attn", "layers.0.linear1", "layers.0.linear2")
+    assert torch.allclose(prepared(x, **options), model(x, **options), atol=1e-5)
+    converted = pickle.loads(pickle.dumps(qcore.convert_fx(prepared)))  # All observers have seen data.
+    close(converted(x, **options), model(x, **options))
+    assert not torch.equal(converted(x, **options), prepared(x, **options))
+    nested = nn.TransformerEncoder(DecidingLayer(16, 4, 32, batch_first=True), 1)
+    assert nested.use_nested_tensor and not prepared_for(nested, ((x,), options)).use_nested_tensor

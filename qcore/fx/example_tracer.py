@@ -114,6 +114,17 @@ class ExampleTracer(ThreadTracer):
         yield from super().replacements()
         for name in _FACTORIES:
             yield torch, name, self._factory(name, unpatched(torch, name))
+        for name in ("is_floating_point", "is_complex"):
+            yield torch, name, self._about_dtype(name, unpatched(torch, name))
+
+    def _about_dtype(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What depends on a tensor's dtype only."""
+
+        def ask(value: Any) -> Any:
+            is_known = issubclass(type(value), Value) and not self.is_evaluating and self.has_example(value)
+            return getattr(self.example(value), name)() if is_known else function(value)
+
+        return ask
 
     def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:

@@ -327,11 +327,14 @@ class _Stub(nn.Module):
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """What a model may read of a part beside calling it: everything but tensors and modules."""
     known = vars(nn.Module())
-    return {
+    attributes = {
         name: value
         for name, value in vars(module).items()
         if name not in known and name != "forward" and not isinstance(value, (Tensor, nn.Module))
     }
+    if isinstance(module, nn.MultiheadAttention):
+        attributes["in_proj_bias"] = None  # Torch's transformer layers ask for it, and go by operators without.
+    return attributes
 
 
 def _misfits(
@@ -375,6 +378,15 @@ def _run_with_stubs(
             return difference(expected, model(*copied(args), **copied(kwargs))), reads
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", reads
+
+
+def keep_to_operators(model: nn.Module) -> None:
+    """Let torch's transformer modules that stay Python call their modules, and no kernel in their place."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

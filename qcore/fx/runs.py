@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qcore.fx.guard import guarded
 from qcore.fx.patches import Patches
 from qcore.fx.shapes import propagate_examples
+from qcore.fx.thread_tracer import OPERATORS_ONLY
 from qcore.fx.tracer import HARMLESS
 from qcore.fx.twin import cloned, shared, twin_of, with_shared_parameters
 
@@ -68,7 +69,8 @@ class Runs:
 
 @contextmanager
 def comparable() -> Iterator[None]:
-    """Let torch's transformer modules compute as a graph of their operators does, and not by a kernel of their own."""
+    """Let torch's transformer modules compute as a graph of their operators does."""
     with Patches() as patches:
-        patches.add(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+        for owner, name, function in OPERATORS_ONLY:
+            patches.add(owner, name, function)
         yield

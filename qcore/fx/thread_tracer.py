@@ -12,10 +12,18 @@ from types import BuiltinFunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
 from qcore.fx.patches import Patches, unpatched
+
+#: Lets torch's transformer modules compute by operators that a graph can hold, and not by a kernel of their own or by
+#: what a mask holds. (Whether a mask is causal is a hint: it changes how attention is computed, not what.)
+OPERATORS_ONLY: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (torch.backends.mha, "get_fastpath_enabled", lambda: False),
+    (nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+)
 
 _MATH = {name: found for name, found in vars(math).items() if isinstance(found, BuiltinFunctionType)}
 _MATH_IDS = frozenset(id(found) for found in _MATH.values())
@@ -48,7 +56,8 @@ class ThreadTracer(fx.Tracer):
             self._seen: set[int] = set()
             for owner, name, replacement in self.replacements():
                 patches.add(owner, name, replacement)
-            self.look_into(forward)
+            for traced in (forward, F.relu):  # Torch's functions ask what they are given, too.
+                self.look_into(traced)
             self.create_node("output", "output", (self.create_arg(function(*args)),), {})
         return self.graph
 
@@ -66,8 +75,8 @@ class ThreadTracer(fx.Tracer):
 
         yield nn.Module, "__call__", called
         yield nn.Module, "__getattr__", attribute
-        # Torch's transformer modules shall compute by operators, not by a kernel of their own.
-        yield torch.backends.mha, "get_fastpath_enabled", lambda: False
+        yield from OPERATORS_ONLY
+        yield torch, "is_tensor", lambda item: self.isinstance(item, torch.Tensor)
         for name, found in _MATH.items():
             yield math, name, self.recorded(found)
         for (_, name), space in list(_symbolic_trace._wrapped_fns_to_patch.items()):  # What ``fx.wrap`` was called for.
