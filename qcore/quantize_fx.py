@@ -28,13 +28,13 @@ from qcore.fx.graph_module import (
     PartialPreparation,
     QGraphModule,
 )
-from qcore.fx.parts import find_parts, keep_to_operators
+from qcore.fx.parts import find_parts, keep_to_operators, why_unsuitable
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import trace
-from qcore.fx.twin import shared, twin_of
+from qcore.fx.twin import shared, twin_of, uncompiled
 from qcore.plugins.manager import REFERENCE, Backend, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import PythonModule, QuantizationPlan, joined_plan
@@ -98,6 +98,7 @@ def prepare_fx(
     mapping = _as_mapping(qconfig_mapping)
     custom = _as_custom_config(prepare_custom_config)
     _check_arguments(model, example_inputs, _equalization_config, on_unsupported)
+    model = uncompiled(model)
     traits = mapping.traits()
     chosen = _choose_backend(backend, backend_config, mapping)
     config = backend_config if backend_config is not None else chosen.backend_config()
@@ -217,9 +218,13 @@ def fuse_fx(
     """
     if fuse_custom_config is not None or backend_config is not None:
         raise NotSupportedError("fuse_fx takes no fuse_custom_config and no backend_config; name a backend=... instead")
+    if problems := why_unsuitable(model):
+        raise ConfigError(problems)
     _check_mode(model)
+    model = uncompiled(model)
     patterns = BATCH_NORM_FUSIONS if backend is None else get_available_backend(backend).fusion_patterns()
     fused = fuse(trace(model), patterns)
+    fused.train(model.training)
     fused.finish()
     return fused
 
@@ -312,6 +317,8 @@ def _check_arguments(model: Any, example_inputs: Any, equalization: Any, on_unsu
     problems = []
     if not isinstance(model, nn.Module):
         problems.append(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    else:
+        problems.extend(why_unsuitable(model))
     if isinstance(example_inputs, torch.Tensor) or not isinstance(example_inputs, (tuple, list, dict)):
         problems.append(
             "example_inputs: expected a tuple of positional arguments, a dictionary of keyword arguments or both in a "

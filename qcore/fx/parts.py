@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from qcore.errors import TraceError
 from qcore.fx.forms import MODULES
-from qcore.fx.graph_module import QGraphModule, submodule
+from qcore.fx.graph_module import PARTIAL, FloatFallback, QGraphModule, submodule
 from qcore.fx.guard import aside, draws
 from qcore.fx.runs import Runs
 from qcore.fx.shapes import copied, difference, propagate_examples, run_model
@@ -26,6 +26,7 @@ from qcore.fx.twin import Copies
 from qcore.qconfig_mapping import ObjectType
 from qcore.quantization_plan import PythonModule
 
+NO_PYTHON = "there is no Python to trace in a ScriptModule"
 _WEIGHTED = tuple(known for known, form in MODULES.items() if "weight" in form.tensors[:1])
 
 
@@ -136,11 +137,19 @@ def find_parts(
             break
         closed.update(news)
     copies.make_as_new()
+    scripts = scripts_in(model)
     python = [reason, *finder.python.values()]
+    python.extend(PythonModule(path, type(module).__name__, NO_PYTHON) for path, module in scripts.items())
     inside = {id(module) for part in finder.parts.values() for module in part.module.modules()}
-    outside = [m for m in model.modules() if id(m) not in inside and type(m) in _WEIGHTED]
+    outside = [m for m in model.modules() if id(m) not in inside and type(m) in _WEIGHTED] + list(scripts.values())
     other_weights = sum(parameter.numel() for m in outside for parameter in m.parameters() if parameter.dim() > 1)
     return Parts(finder.parts, copies, tuple(python), other_weights)
+
+
+def scripts_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost ScriptModules, by path."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)}
+    return {path: module for path, module in found.items() if path.rpartition(".")[0] not in found}
 
 
 def _leaves_of_graph(model: nn.Module) -> list[str]:
@@ -378,6 +387,23 @@ def _run_with_stubs(
             return difference(expected, model(*copied(args), **copied(kwargs))), reads
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", reads
+
+
+def why_unsuitable(model: nn.Module) -> list[str]:
+    """Why a model isn't one to prepare."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return [f"model: {NO_PYTHON}; give the module that it was scripted or traced from"]
+    problems = []
+    for path, module in model.named_modules():
+        at = f"its module {path!r}" if path else "it"
+        if isinstance(module, FloatFallback) or PARTIAL in vars(module):
+            return [f"model: {at} was prepared or converted already; give the float model"]
+        preparation = module.preparation if isinstance(module, QGraphModule) else None
+        if preparation is not None:
+            problems.append(
+                f"model: {at} is a {preparation.stage} model already; give the float model, and prepare it as a whole"
+            )
+    return problems
 
 
 def keep_to_operators(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from qcore.fx.effects import keeps_no_state
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import Preparation, QGraphModule, own_tensors, submodule
 from qcore.fx.observe import observe
-from qcore.fx.parts import Part, plain_attributes
+from qcore.fx.parts import NO_PYTHON, Part, plain_attributes, scripts_in
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
@@ -83,7 +83,8 @@ class Preparer:
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
-        plan = replace(plan, notes=(*plan.notes, *notes))
+        scripts = [f"{path} stays as it is: {NO_PYTHON}" for path in scripts_in(graph)]
+        plan = replace(plan, notes=(*plan.notes, *notes, *scripts))
         plan = observe(graph, plan, self.kernels)
         graph.train(part.module.training)
         preserved = self.preserved

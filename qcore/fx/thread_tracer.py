@@ -8,7 +8,7 @@ import builtins
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class ThreadTracer(fx.Tracer):
         attributes: dict[str, fx.Proxy] = {}
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.look_into(type(module).forward)
+            self.look_into(getattr(type(module), "forward", None))
             return self.call_module(module, lambda *a, **k: call(module, *a, **k), args, kwargs)
 
         def attribute(module: nn.Module, name: str) -> Any:
@@ -84,9 +84,9 @@ class ThreadTracer(fx.Tracer):
         for owner, name in list(_symbolic_trace._wrapped_methods_to_patch):
             yield owner, name, self.recorded(unpatched(owner, name), name)
 
-    def look_into(self, forward: Callable[..., Any]) -> None:
+    def look_into(self, forward: Any) -> None:
         """A function is going to be traced: names of its file may have to mean something else."""
-        if id(forward) in self._seen:
+        if id(forward) in self._seen or not isinstance(forward, FunctionType):
             return
         self._seen.add(id(forward))
         for function in (forward, inspect.unwrap(forward)):

@@ -145,7 +145,8 @@ class NormalFormTracer(ExampleTracer):
         return name.startswith("torch.nn.") and not name.startswith("torch.nn.utils.") and not any(m.children())
 
     def _is_opaque(self, m: nn.Module, path: str) -> bool:
-        return path in self._leaf_names or type(m) in self._leaf_classes
+        # There is no Python to trace in a ScriptModule.
+        return path in self._leaf_names or type(m) in self._leaf_classes or isinstance(m, torch.jit.ScriptModule)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

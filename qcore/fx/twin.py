@@ -90,6 +90,19 @@ def copied_value(value: Any, counterpart: Counterpart = cloned, memo: dict[int, 
     return _Copier(counterpart, {} if memo is None else memo).value(value)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model without ``torch.compile`` around it or around modules in it: one with the same tensors."""
+    if not any(_compiled_from(module) is not None for module in modules_of(model)):
+        return model
+    return twin_of(model, lambda tensor: tensor)
+
+
+def _compiled_from(module: nn.Module) -> nn.Module | None:
+    if not type(module).__module__.startswith("torch._dynamo"):
+        return None  # Importing that, to ask for its class, takes seconds.
+    return module._modules.get("_orig_mod")
+
+
 class _Copier:
     def __init__(self, counterpart: Counterpart, memo: dict[int, Any]) -> None:
         self.counterpart = counterpart
@@ -103,7 +116,8 @@ class _Copier:
         if id(value) in self.memo:
             return self.memo[id(value)]
         if isinstance(value, nn.Module):
-            return self.module(value)
+            compiled_from = _compiled_from(value)
+            return self.module(value) if compiled_from is None else self.value(compiled_from)
         made: Any
         if isinstance(value, Tensor):
             made = self.memo[id(value)] = self.counterpart(value)
