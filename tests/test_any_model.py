@@ -736,3 +736,26 @@ def test_a_transformer_layer_that_stays_python_does_not_pass_its_parts_by(padded
     assert not torch.equal(converted(x, **options), prepared(x, **options))
     nested = nn.TransformerEncoder(DecidingLayer(16, 4, 32, batch_first=True), 1)
     assert nested.use_nested_tensor and not prepared_for(nested, ((x,), options)).use_nested_tensor
+
+
+class AsksWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        weight = self.linear.weight
+        rows, columns = weight.shape
+        sizes = rows + weight.size(1) + weight.numel() + weight.dim() + weight.ndim + len(weight) + weight.shape[-1]
+        return (self.linear(x) + sizes - columns).to(weight.dtype)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_asked_for_its_shape_is_not_read_for_that(installed_backend):
+    torch.manual_seed(0)
+    model, x = AsksWeights(), torch.randn(2, 4)
+    prepared = prepared_for(model, (x,), backend=installed_backend)
+    assert torch.equal(prepared(x), model(x))
+    (weight,) = [node for node in prepared.graph.nodes if node.target == "linear.weight"]
+    assert [user.target for user in weight.users] == [torch._C._nn.linear]
+    close(qcore.convert_fx(prepared)(x), model(x))

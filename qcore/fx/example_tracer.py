@@ -23,7 +23,7 @@ _FACTORIES = (
 )  # fmt: skip
 _RANDOM_FACTORIES = ("rand", "randint", "randn", "randperm")
 _VARIADIC_FACTORIES = ("empty", "ones", "rand", "randn", "zeros")
-_SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
+SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
 _NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
 
 
@@ -153,7 +153,7 @@ class ExampleTracer(ThreadTracer):
     def is_size(self, node: fx.Node) -> bool:
         """Whether a node is a number that comes from sizes."""
         if node.op == "call_method":
-            return node.target in _SIZE_METHODS
+            return node.target in SIZE_METHODS
         module = getattr(node.target, "__module__", None)
         if node.op != "call_function" or module not in _NUMBER_MODULES or node.target is getattr:
             return False
@@ -169,6 +169,8 @@ class ExampleTracer(ThreadTracer):
         Raises:
             UndecidableError: the value depends on data.
         """
+        if not issubclass(type(value), Value):
+            return value  # A size of a parameter.
         node = value.node
         if not self.has_example(value):
             raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
@@ -200,7 +202,7 @@ class ExampleTracer(ThreadTracer):
             current = pending.pop()
             if current.op == "placeholder":
                 return True
-            if current.op == "call_method" and current.target in _SIZE_METHODS:
+            if current.op == "call_method" and current.target in SIZE_METHODS:
                 continue
             if current.target is getattr and current.args[1] in ("device", "shape"):
                 continue

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
 from qcore.fx.effects import has_hooks, is_harmless, writes_in_place
-from qcore.fx.example_tracer import ExampleTracer, UndecidableError
+from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer, UndecidableError
 from qcore.fx.forms import FORMS, INPLACE, MODULES, Call
 from qcore.fx.graph_module import QGraphModule, get_attribute, modules_of, place_for, submodule, tensors_of
 from qcore.fx.guard import guarded
@@ -260,7 +260,15 @@ class NormalFormTracer(ExampleTracer):
                 result = target(*args, **kwargs)
                 if isinstance(result, Value):  # fx knows no other.
                     return result
+        if kind == "call_method" and target in SIZE_METHODS and self._is_parameter(args[0]):
+            # It has one size, and isn't read for that.
+            return getattr(get_attribute(self.root, args[0].node.target), target)(*args[1:], **kwargs)
         return super().create_proxy(kind, target, args, kwargs, *others, **options)
+
+    def _is_parameter(self, value: Any) -> bool:
+        if not self.has_example(value) or not issubclass(type(value), Value):
+            return False
+        return value.node.op == "get_attr" and value.node.target not in self.constants
 
     def create_node(
         self,
