@@ -11,6 +11,7 @@ from qcore.backend_config import BackendConfig
 from qcore.errors import ConfigError, TrainingModeError
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.names import hidden_attributes
+from qcore.fx.parts import why_unsuitable
 from qcore.fx.resolve import Resolver
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import QConfigMapping
@@ -100,6 +101,7 @@ def checked_request(
     traits = problems.of(mapping.traits) if mapping is not None else {}
     resolver = Resolver(mapping or QConfigMapping())
     if is_module:
+        problems += why_unsuitable(model)
         paths = [path for path, _ in model.named_modules()]
         problems += resolver.unmatched_names(paths)
         problems += _unmatched(custom or PrepareCustomConfig(), model, paths)

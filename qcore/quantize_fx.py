@@ -1,6 +1,5 @@
 """The verbs: prepare_fx, convert_fx, convert_to_reference_fx, fuse_fx, explain, and the default mappings."""
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,20 +28,20 @@ from qcore.fx.graph_module import (
     FloatFallback,
     PartialPreparation,
     QGraphModule,
-    copied_values,
     partial_preparation,
     preparations,
     submodule,
 )
 from qcore.fx.hooks import compute_weights, makers_of_weights
 from qcore.fx.names import hidden_attributes
-from qcore.fx.parts import Parts, comparable, copy_of, find_parts, replace_modules
+from qcore.fx.parts import Parts, find_parts, keep_to_operators, why_unsuitable
 from qcore.fx.patterns import config_problems
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
 from qcore.fx.resolve import Resolver
-from qcore.fx.shapes import run_model
+from qcore.fx.runs import comparable
 from qcore.fx.tracer import trace
+from qcore.fx.twin import shared, twin_of, uncompiled
 from qcore.migration import missing_from
 from qcore.plugins.backend import Backend
 from qcore.plugins.manager import REFERENCE, best_backend, canonical_backend_name, get_available_backend
@@ -113,6 +112,7 @@ def prepare_fx(
     if _equalization_config is not None:
         raise NotSupportedError("_equalization_config isn't supported yet; leave it out")
     mapping, resolver, custom = request.mapping, request.resolver, request.custom
+    model = uncompiled(model)
     chosen = _choose_backend(backend, backend_config, mapping)
     config = backend_config if backend_config is not None else chosen.backend_config()
 
@@ -122,24 +122,23 @@ def prepare_fx(
     if tracer is not None:
         model = _traced_by(tracer, model, concrete_args)
         kwargs = {name: value for name, value in kwargs.items() if name not in (concrete_args or {})}
-    with comparable():
-        expected = run_model(model, args, kwargs)
     is_custom_config = backend_config is not None and backend is None
-    preparer = Preparer(
-        resolver, request.traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config, is_custom_config,
-        custom.preserved_attributes,
-    )  # fmt: skip
     its_own = ("qcore_fusion_patterns", *(("qcore_backend_config",) if backend_config is None else ()))
     with garbage_left_alone(), chosen.answers_for(*its_own):
         with comparable():
             found = find_parts(
-                model, args, kwargs, expected, custom.non_traceable_module_names, custom.non_traceable_module_classes
+                model, args, kwargs, custom.non_traceable_module_names, custom.non_traceable_module_classes
             )
+        preparer = Preparer(
+            resolver, request.traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config,
+            is_custom_config, custom.preserved_attributes, found.copies,
+        )  # fmt: skip
         prepared = {path: preparer.prepare(part) for path, part in found.parts.items()}
+        found.copies.make_as_new()
     unmatched = resolver.unmatched_orders(found.calls)
     if unmatched:
         raise ConfigError(unmatched)
-    python_decisions = preparer.decide_python(found)
+    python_decisions = preparer.decide_python(model, found)
     _report(preparer.broken_requests(), on_unsupported)
     _warn_of_unmatched_types(resolver, model, found, on_unsupported)
     is_empty = not (preparer.quantizes_anything or preparer.broken_requests())
@@ -151,17 +150,17 @@ def prepare_fx(
         assert preparation is not None
         result: nn.Module = prepared[""].with_preparation(replace(preparation, form=form))
     else:
-        result = found.model
         idle = {path: plan for path, plan in preparer.plans.items() if not plan.quantized}
-        used: dict[int, nn.Module] = {
+        used: dict[int, Any] = {
             id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle
         }
-        replace_modules(result, used)
+        result = twin_of(model, found.copies, used)
+        keep_to_operators(result)
         result.__dict__[PARTIAL] = PartialPreparation(
             "prepared", found.python, idle, python_decisions, found.other_weights, form
         )
     if custom.guard_failure == "float":
-        result = FloatFallback(result, copy_of(model))
+        result = FloatFallback(result, twin_of(model))
     return result
 
 
@@ -247,9 +246,12 @@ def fuse_fx(
     problems.raise_any()
     if fuse_custom_config is not None or backend_config is not None:
         raise NotSupportedError("fuse_fx takes no fuse_custom_config and no backend_config; name a backend=... instead")
+    if unsuitable := why_unsuitable(model):
+        raise ConfigError(unsuitable)
     check_mode(model)
+    model = uncompiled(model)
     if any(makers_of_weights(module) for module in model.modules()):  # As a call would, which fuse_fx makes none of.
-        model = copy_of(model)
+        model = twin_of(model)
         compute_weights(model)
     traced = trace(model)
     if backend is None:
@@ -258,6 +260,7 @@ def fuse_fx(
         chosen = get_available_backend(backend)
         with chosen.answers_for("qcore_fusion_patterns"):
             fused = fuse(traced, chosen.fusion_patterns())
+    fused.train(model.training)
     fused.finish()
     return fused
 
@@ -303,9 +306,8 @@ def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str, memo
     """A copy of a prepared model with its parts replaced; what is replaced isn't copied."""
     if "" in new:
         return new[""]
-    memo.update(copied_values(model))
     memo.update({id(submodule(model, path)): part for path, part in new.items()})
-    result = copy.deepcopy(model, memo)
+    result = twin_of(model, memo=memo)
     inner = result.model if isinstance(result, FloatFallback) else result
     if PARTIAL in inner.__dict__:
         inner.__dict__[PARTIAL] = replace(inner.__dict__[PARTIAL], stage=stage)
@@ -417,6 +419,7 @@ def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _traced_by(tracer: fx.Tracer, model: nn.Module, concrete_args: dict[str, Any] | None) -> fx.GraphModule:
+    model = twin_of(model, shared)
     try:
         graph = tracer.trace(model, concrete_args)
     except Exception as error:
@@ -453,7 +456,7 @@ def _report_empty(
 def _warn_of_unmatched_types(resolver: Resolver, model: nn.Module, found: Parts, on_unsupported: OnUnsupported) -> None:
     """Warn of types in the mapping of which the model has none: a rule for a family of models is no error."""
     classes = {type(module) for module in model.modules()}
-    stay = {type(found.model.get_submodule(module.path)) for module in found.python}
+    stay = {type(submodule(model, module.path)) for module in found.python}
     problem = resolver.unmatched_types({kind for _, kind in found.calls} | stay, classes)
     if problem and on_unsupported != "ignore":
         where = "; functions that what stays Python calls aren't seen" if found.python else ""

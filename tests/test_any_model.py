@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import pickle
 
@@ -491,7 +492,7 @@ def test_a_forward_that_keeps_values_for_later_is_no_graph():
     prepared = prepared_for(model, (torch.randn(2, 4),))
     (python,) = qcore.explain(prepared).python
     assert python.reason == "it keeps a value of this call in Remembers.last for later calls"
-    assert type(model.last[0]) is torch.Tensor  # From the float model's own run.
+    assert model.calls == prepared.calls == 0 and not hasattr(model, "last") and not hasattr(prepared, "last")
     prepared(torch.ones(2, 4))
     assert torch.equal(prepared.last[0], torch.full((2, 4), 2.0))
 
@@ -742,3 +743,136 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.linear(x + torch.rand(x.shape[0], 4))
+
+
+def merges(forward):
+    """As libraries do: what isn't given is filled in, what is given by position can't be filled in again."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **{"doubled": self.doubled, **kwargs})
+
+    return wrapper
+
+
+class Merges(nn.Module):
+    def __init__(self, inner=None):
+        super().__init__()
+        self.linear, self.doubled, self.inner = nn.Linear(4, 4), True, inner
+
+    @merges
+    def forward(self, x, mask=None, doubled=None, **options):
+        y = self.linear(x) if mask is None else self.linear(x) + mask
+        y = y if self.inner is None else self.inner(y)
+        return y * 2 if doubled else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "inputs", [lambda x: (x,), lambda x: {"x": x}, lambda x: ((x,), {"mask": x}), lambda x: ((x,), {"doubled": False})]
+)
+def test_only_what_was_given_is_passed_on_and_as_it_was(inputs):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4), Merges(Merges()).eval()
+    args, kwargs = qcore.quantize_fx._call(inputs(x))
+    prepared = pickle.loads(pickle.dumps(prepared_for(model, inputs(x))))
+    assert isinstance(prepared, QGraphModule) and len([d for d in qcore.explain(prepared).quantized if d.weights]) == 2
+    assert torch.allclose(prepared(*args, **kwargs), model(*args, **kwargs), atol=1e-6)
+    with pytest.raises(errors.GuardError, match="Merges was prepared for one form of call"):
+        prepared(x, doubled=True)  # To the function around the forward that is no default.
+
+
+ONES = torch.ones(1)
+
+
+class Defaults(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    @torch.no_grad()
+    def forward(self, x, mask=None, *, flag=True, activation=torch.relu, shift=ONES):
+        return activation(self.linear(x)) + shift if flag else self.linear(x)
+
+
+def test_a_default_that_is_given_is_the_same_call():
+    x, model = torch.randn(2, 4), Defaults()
+    prepared = prepared_for(model, (x,))
+    assert isinstance(prepared, QGraphModule)
+    for kwargs in ({}, {"mask": None}, {"flag": True}, {"mask": None, "flag": True}):
+        assert torch.allclose(prepared(x, **kwargs), model(x), atol=1e-6)
+    for kwargs in ({"flag": False}, {"mask": x}, {"shift": torch.zeros(1)}):
+        with pytest.raises(errors.GuardError):
+            prepared(x, **kwargs)
+    assert torch.allclose(prepared_for(model, (x, None))(x), model(x), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masks", ["causal", "hinted", "boolean", "padding", "both", "unhinted, no causal one"])
+def test_an_encoder_with_masks_is_a_graph(masks, batch_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 16)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    options = {
+        "causal": {"mask": causal},
+        "hinted": {"mask": causal, "is_causal": True},
+        "boolean": {"mask": causal != 0},
+        "padding": {"src_key_padding_mask": padding},
+        "both": {"mask": causal != 0, "src_key_padding_mask": padding},
+        "unhinted, no causal one": {"mask": causal.T.contiguous()},
+    }[masks]
+    x = x if batch_first else x.transpose(0, 1).contiguous()
+    prepared = prepared_for(model, ((x,), options))
+    assert isinstance(prepared, QGraphModule)
+    assert sum(bool(d.weights) for d in qcore.explain(prepared).quantized) == 8
+    assert torch.allclose(prepared(x, **options), model(x, **options), atol=1e-5)
+    close(qcore.convert_fx(prepared)(x, **options), model(x, **options))
+
+
+class DecidingLayer(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return super()._ff_block(x) if x.sum() > -1e9 else x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_layer_that_stays_python_does_not_pass_its_parts_by(padded):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(DecidingLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    options = {"src_key_padding_mask": padding} if padded else {}
+    prepared = prepared_for(model, ((x,), options))
+    assert qcore.explain(prepared).parts[:3] == ("layers.0.self_attn", "layers.0.linear1", "layers.0.linear2")
+    assert torch.allclose(prepared(x, **options), model(x, **options), atol=1e-5)
+    converted = pickle.loads(pickle.dumps(qcore.convert_fx(prepared)))  # All observers have seen data.
+    close(converted(x, **options), model(x, **options))
+    assert not torch.equal(converted(x, **options), prepared(x, **options))
+    nested = nn.TransformerEncoder(DecidingLayer(16, 4, 32, batch_first=True), 1)
+    assert nested.use_nested_tensor and not prepared_for(nested, ((x,), options)).use_nested_tensor
+
+
+class AsksWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        weight = self.linear.weight
+        rows, columns = weight.shape
+        sizes = rows + weight.size(1) + weight.numel() + weight.dim() + weight.ndim + len(weight) + weight.shape[-1]
+        return (self.linear(x) + sizes - columns).to(weight.dtype)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_asked_for_its_shape_is_not_read_for_that(installed_backend):
+    torch.manual_seed(0)
+    model, x = AsksWeights(), torch.randn(2, 4)
+    prepared = prepared_for(model, (x,), backend=installed_backend)
+    assert torch.equal(prepared(x), model(x))
+    (weight,) = [node for node in prepared.graph.nodes if node.target == "linear.weight"]
+    assert [user.target for user in weight.users] == [torch._C._nn.linear]
+    close(qcore.convert_fx(prepared)(x), model(x))

@@ -1,5 +1,6 @@
 """Every mistake gets an error of qcore's own, before calibration: what was asked, what was found, what to do."""
 
+import copy
 import pickle
 import warnings
 
@@ -410,3 +411,66 @@ def test_an_argument_that_is_no_tensor_is_named(installed_backend, value):
             converted(value)
         with pytest.raises(errors.GuardError, match=message):
             converted(input=value)
+
+
+class Holds(nn.Module):
+    """Decides by data, so that it stays Python."""
+
+    def __init__(self, inner, decides=True):
+        super().__init__()
+        self.inner, self.linear, self.decides = inner, nn.Linear(2, 2), decides
+
+    def forward(self, x):
+        y = self.linear(self.inner(x))
+        return -y if self.decides and y.sum() > 1e9 else y
+
+
+def prepared_models():
+    prepared, holding = prepare(), prepare(Holds(model()).eval())
+    for made in (prepared, holding):
+        made(*INPUTS)
+    fallback = prepare(prepare_custom_config=qcore.PrepareCustomConfig().set_guard_failure("float"))
+    converted = [qcore.convert_fx(prepared), qcore.convert_to_reference_fx(prepared), qcore.convert_fx(holding)]
+    return [prepared, holding, fallback, *converted]
+
+
+def test_a_model_that_is_or_holds_a_prepared_or_converted_one():
+    for made in prepared_models():
+        for given, where in ((made, "it"), (Holds(made).eval(), "its module 'inner")):
+            with pytest.raises(errors.ConfigError, match=f"model: {where}.* already; give the float model"):
+                prepare(given)
+            with pytest.raises(errors.ConfigError, match=f"model: {where}.* already; give the float model"):
+                qcore.fuse_fx(given)
+    assert prepare(qcore.fuse_fx(model()))(*INPUTS).shape == (2, 2)  # That isn't prepared yet.
+
+
+def test_a_script_module_has_no_python_to_trace():
+    for given in (torch.jit.script(model()), torch.jit.trace(model(), INPUTS)):
+        with pytest.raises(
+            errors.ConfigError, match="no Python to trace in a ScriptModule; give the module that it was"
+        ):
+            prepare(given)
+        for decides in (False, True):
+            holding = Holds(given, decides).eval()
+            prepared = prepare(holding)
+            assert isinstance(prepared, torch.fx.GraphModule) != decides
+            assert torch.allclose(prepared(*INPUTS), holding(*INPUTS), atol=1e-6)
+            assert "inner" in str(qcore.explain(prepared)) and "no Python to trace" in str(qcore.explain(prepared))
+
+
+@torch.no_grad()
+def test_torch_compile_around_a_model_or_a_module_of_it_is_left_out():
+    plain = model()
+    inside = copy.deepcopy(plain)
+    inside.compile()
+    for given, expected in ((torch.compile(plain), plain(*INPUTS)), (inside, plain(*INPUTS))):
+        prepared = prepare(given)
+        assert [d.path for d in qcore.explain(prepared).quantized if d.weights] == ["0", "2"]
+        assert torch.equal(prepared(*INPUTS), expected)
+    for decides in (False, True):
+        holding = Holds(torch.compile(plain), decides).eval()
+        prepared = prepare(holding)
+        paths = {d.path for d in qcore.explain(prepared).quantized if d.weights}
+        assert paths == {"inner.0", "inner.2", "linear"}
+        assert torch.allclose(prepared(*INPUTS), holding.linear(plain(*INPUTS)), atol=1e-6)
+        assert (qcore.convert_fx(prepared)(*INPUTS) - holding.linear(plain(*INPUTS))).norm() < 0.1

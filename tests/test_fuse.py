@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qcore
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
 from qcore.fx.operators import operator_of
 from qcore.fx.tracer import trace
@@ -161,3 +162,63 @@ def test_fusing_leaves_the_user_s_model_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fused(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def prepared_for(model, x):
+    mapping = qcore.get_default_qconfig_mapping("reference")
+    return qcore.prepare_fx(model.eval(), mapping, (x,), backend="reference")
+
+
+class Channels(nn.Module):
+    def __init__(self, layer, norm):
+        super().__init__()
+        self.layer, self.norm, self.head = layer, norm, nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(x)))
+
+
+class FunctionalNorm(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.n = norm(channels)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.n.running_mean, self.n.running_var, self.n.weight, self.n.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layer", "make_norm", "shape", "folds"),
+    [
+        (lambda: nn.Linear(16, 16), lambda: norm(16, 1), (5, 16), True),
+        (lambda: nn.Linear(16, 16), lambda: norm(16, 1), (2, 16, 16), False),
+        (lambda: nn.Linear(16, 16), lambda: norm(10, 1), (2, 10, 16), False),
+        (lambda: nn.Linear(16, 16), lambda: norm(10, 2), (2, 10, 3, 16), False),
+        (lambda: nn.Conv1d(4, 6, 3, padding=1), lambda: norm(6, 1), (2, 4, 16), True),
+        (lambda: nn.Conv1d(4, 16, 3, padding=1), lambda: norm(16, 1), (4, 16), False),
+        (lambda: nn.Conv2d(4, 6, 1), lambda: FunctionalNorm(16), (4, 16, 16), False),
+        (lambda: nn.Conv2d(4, 6, 1), lambda: FunctionalNorm(6), (2, 4, 3, 16), True),
+        (lambda: nn.ConvTranspose1d(4, 16, 3, padding=1), lambda: norm(16, 1), (4, 16), False),
+    ],
+)
+def test_a_norm_is_folded_only_where_it_goes_by_the_layer_s_channels(layer, make_norm, shape, folds):
+    torch.manual_seed(0)
+    model = Channels(layer(), make_norm()).eval()
+    for scale in (1, 100):
+        x = scale * torch.randn(shape)
+        prepared, expected = prepared_for(model, x), model(x)
+        assert ("batch_norm" not in operators(prepared)) == folds
+        assert (prepared(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_folded_norm_is_not_given_what_it_would_go_by_another_axis_of():
+    model = nn.Sequential(nn.Linear(16, 16), norm(16, 1), nn.Linear(16, 3))
+    prepared = prepared_for(model, torch.randn(4, 16))
+    prepared(torch.randn(7, 16))
+    converted = qcore.convert_fx(prepared)
+    for made in (prepared, converted, qcore.fuse_fx(model)):
+        assert made(torch.randn(5, 16)).shape == (5, 3)
+        with pytest.raises(qcore.errors.GuardError, match=r"dim\(\) = 2, and now it is 3"):
+            made(torch.randn(2, 16, 16))

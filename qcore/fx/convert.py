@@ -134,7 +134,7 @@ class _Conversion:
         self.check_scales()
         self.report_nonfinite()
         for name in self.preparation.preserved:
-            adopt(self.root, self.prepared, name, self.memo)
+            adopt(self.root, self.prepared, name, lambda value: copy.deepcopy(value, self.memo))
         self.take_modules()
         self.quantize_weights()
         for name, bounds in self.plan.dynamic.items():

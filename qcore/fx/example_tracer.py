@@ -1,41 +1,38 @@
 """A tracer that knows what the values of its graph are on the example inputs, and settles what is decided by sizes."""
 
 import builtins
-import contextlib
-import inspect
 import math
 import operator
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from qcore.fx.graph_module import computed, submodule
+from qcore.fx.guard import aside
 from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, Kind, operator_of
+from qcore.fx.patches import unpatched
 from qcore.fx.real_calls import RealCalls
 from qcore.fx.signature import check_size
+from qcore.fx.thread_tracer import ThreadTracer
 from qcore.fx.values import UndecidableError, Value, values_in
 
 #: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
 _FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros",
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "zeros",
 )  # fmt: skip
+_RANDOM_FACTORIES = ("rand", "randint", "randn", "randperm")
 _VARIADIC_FACTORIES = ("empty", "ones", "rand", "randn", "zeros")
 SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
 #: Python's own arithmetic.
 NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
 
 
-# fx and this module replace functions of torch while they trace; what two threads replace, neither could put back.
-_one_trace_at_a_time = threading.Lock()
-
-
-class ExampleTracer(fx.Tracer):
+class ExampleTracer(ThreadTracer):
     """The half of qcore's tracer that answers questions about sizes.
 
     Args:
@@ -63,6 +60,7 @@ class ExampleTracer(fx.Tracer):
         self._asked: list[tuple[fx.Node, Any]] = []
         self._asked_again: list[fx.Node] | None = None
         self._rank_was_read = False
+        self.leaf: Callable[[str], torch.nn.Module] = lambda path: submodule(self.root, path)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The value of a node, as a forward sees it."""
@@ -96,6 +94,8 @@ class ExampleTracer(fx.Tracer):
 
     def let_go(self, node: fx.Node) -> None:
         """Takes one ``hold`` back."""
+        if not vars(self):
+            return  # The trace is over.
         self._holders[node] -= 1
         self._forget_if_done(node)
 
@@ -179,7 +179,7 @@ class ExampleTracer(fx.Tracer):
             return
         self.is_evaluating = True
         try:
-            with torch.no_grad(), self.real_calls.paused():
+            with torch.no_grad(), self.real_calls.paused(), aside():
                 while self._evaluated < len(self._order):
                     node = self._order[self._evaluated]
                     value = self._known[node] = self._value_of(node)
@@ -207,6 +207,8 @@ class ExampleTracer(fx.Tracer):
             return self._examples[self._evaluated].clone()
         if node.op == "get_attr" and target in self.constants:
             return self.constants[target]
+        if node.op == "call_module":
+            return self.leaf(target)(*args, **kwargs)
         return computed(node, args, kwargs, self.root)
 
     def isinstance(self, value: Any, classes: Any) -> bool:
@@ -220,18 +222,33 @@ class ExampleTracer(fx.Tracer):
             return False
         return builtins.isinstance(self.example(value), classes)
 
-    @contextlib.contextmanager
-    def with_own_isinstance(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Let a forward, and all functions of its file, ask ``isinstance`` about traced values."""
-        space = getattr(inspect.unwrap(forward), "__globals__", {})
-        if "isinstance" in space:
-            yield
-            return
-        space["isinstance"] = self.isinstance
-        try:
-            yield
-        finally:
-            del space["isinstance"]
+    def replacements(self) -> Iterable[tuple[Any, str, Callable[..., Any]]]:
+        """Torch's factory functions are nodes of the graph where they are given values of the graph."""
+        yield from super().replacements()
+        for name in _FACTORIES:
+            yield torch, name, self._factory(name, unpatched(torch, name))
+        for name in ("is_floating_point", "is_complex"):
+            yield torch, name, self._about_dtype(name, unpatched(torch, name))
+
+    def _about_dtype(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What depends on a tensor's dtype only."""
+
+        def ask(value: Any) -> Any:
+            is_known = issubclass(type(value), Value) and not self.is_evaluating and self.has_example(value)
+            return getattr(self.example(value), name)() if is_known else function(value)
+
+        return ask
+
+    def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            # A random number that is drawn while tracing would be the same in every call.
+            if self.is_evaluating or not (name in _RANDOM_FACTORIES or values_in((args, kwargs))):
+                return function(*args, **kwargs)
+            if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
+                args = (tuple(args),)
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return factory
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
@@ -265,6 +282,8 @@ class ExampleTracer(fx.Tracer):
         Raises:
             UndecidableError: the value depends on data.
         """
+        if not issubclass(type(value), Value):
+            return value  # A size of a parameter.
         node = self.current(value.node)
         if not self.has_example(value):
             raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
@@ -343,26 +362,6 @@ class Sizes(tuple[Any, ...]):
     def numel(self) -> Any:
         """The product of the sizes."""
         return math.prod(self)
-
-
-@contextlib.contextmanager
-def factories_recorded(tracer: ExampleTracer) -> Iterator[None]:
-    """Let torch's factory functions be nodes of the graph where they are given values of the graph."""
-
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_evaluating or not values_in((args, kwargs)):
-                return function(*args, **kwargs)
-            if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
-                args = (tuple(args),)
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return factory
-
-    with _one_trace_at_a_time:
-        replaced: dict[str, Any] = {name: recorded(name, getattr(torch, name)) for name in _FACTORIES}
-        with mock.patch.multiple(torch, **replaced):
-            yield
 
 
 def _storages(value: Any) -> set[int]:

@@ -20,6 +20,7 @@ from qcore.fx.names import free_target, is_free
 from qcore.fx.nodes import new_node
 from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
 from qcore.fx.shapes import Example
+from qcore.fx.signature import check_size
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class FusionPattern:
         pattern: an operator, or a tuple of operators, each the only reader of the one before it.
         rewrite: gets the module and the chain's nodes; changes the module's graph and tensors so that it computes the
             same, and returns whether it did (``False`` leaves the chain as it was).
+        needs_run: whether a run of the network on the example inputs has to show that it computes the same.
     """
 
     pattern: Pattern
     rewrite: Callable[[QGraphModule, Sequence[fx.Node]], bool]
+    needs_run: bool = True
 
     def apply(self, module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
         """Rewrite a chain, and return whether that was done.
@@ -53,12 +56,22 @@ class FusionPattern:
 
 
 def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModule:
-    """Apply every pattern wherever it fits, longest first, in one walk; changes and returns ``module``.
+    """Apply every pattern wherever it fits; changes and returns ``module``; see :func:`apply_patterns`."""
+    apply_patterns(module, patterns)
+    return module
+
+
+def apply_patterns(module: QGraphModule, patterns: Sequence[FusionPattern]) -> bool:
+    """Apply every pattern wherever it fits, longest first, in one walk.
 
     Args:
-        module: in normal form; it must be one of qcore's own copies.
+        module: in normal form; it must be one of qcore's own copies, and is changed.
         patterns: of the backend.
+
+    Returns:
+        Whether any was applied that needs a run.
     """
+    needs_run = False
     by_anchor: dict[object, list[tuple[tuple[object, ...], FusionPattern]]] = {}
     for pattern in patterns:
         keys = pattern_keys(pattern.pattern)
@@ -72,8 +85,9 @@ def fuse(module: QGraphModule, patterns: Sequence[FusionPattern]) -> QGraphModul
         for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
             chain = _chain(node, keys, module_types)
             if chain is not None and pattern.apply(module, chain):
+                needs_run |= pattern.needs_run
                 break
-    return module
+    return needs_run
 
 
 def _chain(node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]) -> list[fx.Node] | None:
@@ -90,7 +104,7 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     """Fold an evaluation-mode batch norm into the weight and bias of the operator before it.
 
     The arithmetic and its order are those of ``torch.nn.utils.fusion.fuse_conv_bn_weights``, so that the folded weights
-    are the same to the last bit.
+    are the same to the last bit. Whether it may be done is asked of the graph alone, so a run would show nothing more.
     """
     weighted, norm = chain
     op = operator_of(weighted)
@@ -103,7 +117,7 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     tensors = [None if v is None else get_attribute(module, str(v.target)) for v in parameters]  # type: ignore[union-attr]
     weight: Tensor = tensors[0]  # type: ignore[assignment]
     bias, mean, var, gamma, beta = tensors[1:]
-    if mean is None or var is None:
+    if mean is None or var is None or not _normalizes_channels(module, weighted):
         return False
     groups = int(weighted.args[6]) if op in CONV_TRANSPOSE else 1  # type: ignore[arg-type]
     with torch.no_grad():
@@ -135,6 +149,30 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     return True
 
 
+def _normalizes_channels(module: QGraphModule, weighted: fx.Node) -> bool:
+    """Whether the axis that a batch norm goes by, the second one, is that of a layer's output channels.
+
+    Of a linear layer's results that depends on their rank, so the graph gets a check of it.
+    """
+    op = operator_of(weighted)
+    rank = 2 if op is LINEAR else 2 + (CONV.index(op) if op in CONV else CONV_TRANSPOSE.index(op)) + 1
+    example = weighted.meta.get("example")
+    if example is not None and len(example.shape) != rank:
+        return False
+    if rank > 3:  # Norms of images take batches only.
+        return True
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and "example" in node.meta]
+    # Without examples it is the layer itself that has to be looked at.
+    for node in inputs if example is not None else [weighted]:
+        if not any(user.target == "dim" for user in node.users):
+            expected = rank if node is weighted else len(node.meta["example"].shape)
+            with module.graph.inserting_after(node):
+                size = new_node(module.graph, "call_method", "dim", (node,))
+            with module.graph.inserting_after(size):
+                new_node(module.graph, "call_function", check_size, (size, expected, f"{node.name}.dim()"))
+    return True
+
+
 def _per_output_channel(factor: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
     if not transposed:
         return factor.reshape([-1] + [1] * (weight.dim() - 1))
@@ -160,5 +198,5 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
 
 #: Folding of batch norms; what a backend's ``qcore_fusion_patterns`` usually returns, alone or with its own.
 BATCH_NORM_FUSIONS: tuple[FusionPattern, ...] = tuple(
-    FusionPattern((op, BATCH_NORM), fold_batch_norm) for op in (*CONV, *CONV_TRANSPOSE, LINEAR)
+    FusionPattern((op, BATCH_NORM), fold_batch_norm, needs_run=False) for op in (*CONV, *CONV_TRANSPOSE, LINEAR)
 )

@@ -5,11 +5,10 @@ computes beside the module, on the same inputs, and must give the same to the la
 the same, and what is called in several forms, is opened: it stays Python, and its submodules are tried in their turn.
 """
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +17,18 @@ from torch import Tensor, fx, nn
 from qcore.errors import TraceError
 from qcore.fx.costs import module_weights
 from qcore.fx.forms import MODULES, PASSING
-from qcore.fx.graph_module import QGraphModule, copied_values, submodule
+from qcore.fx.graph_module import PARTIAL, FloatFallback, QGraphModule, submodule
+from qcore.fx.guard import aside, draws
 from qcore.fx.names import own_names
-from qcore.fx.shapes import copied, difference, propagate_examples
+from qcore.fx.runs import Runs
+from qcore.fx.shapes import copied, difference, propagate_examples, run_model
 from qcore.fx.signature import CallSignature, NotConstantError
 from qcore.fx.tracer import Origin, trace
+from qcore.fx.twin import Copies
 from qcore.qconfig_mapping import ObjectType
 from qcore.quantization_plan import PythonModule
 
+NO_PYTHON = "there is no Python to trace in a ScriptModule"
 _WEIGHTED = tuple(known for known, form in MODULES.items() if "weight" in form.tensors[:1])
 
 
@@ -35,18 +38,28 @@ class Part:
 
     Attributes:
         path: of the module in the model.
-        module: the module.
-        graph: what was traced.
+        module: the module, as it is in the user's model.
+        root: what was traced: the module, or what calls it.
+        graph: what was traced; it has the module's own parameters.
         signature: how it is called.
         examples: the tensors of that call.
+        trace_again: makes the graph anew.
+        replay: runs such a graph on the examples.
+        result: what that gave.
+        is_random: whether it gives another result each time.
         kept: names of its tensors that the model around it reads, too.
     """
 
     path: str
     module: nn.Module
+    root: nn.Module
     graph: QGraphModule
     signature: CallSignature
     examples: list[Tensor]
+    trace_again: Callable[[], QGraphModule]
+    replay: Callable[[QGraphModule], Any]
+    result: Any = None
+    is_random: bool = False
     kept: set[str] = field(default_factory=set)
 
 
@@ -72,17 +85,17 @@ class Parts:
     """What became of a model.
 
     Attributes:
-        model: the model itself where it is one part, else a copy whose modules the parts are of.
         parts: by path; ``""`` is the whole model.
         calls: how often each type was called in each module, but for functions in what stays Python.
+        copies: of what the graphs don't share with the model.
         python: the modules that stay Python.
         python_calls: what they call that is no part and has no modules inside.
         other_weights: weights outside of all parts and of those calls.
     """
 
-    model: nn.Module
     parts: dict[str, Part]
     calls: "Counter[tuple[str, ObjectType]]"
+    copies: Copies
     python: tuple[PythonModule, ...] = ()
     python_calls: tuple[PythonCall, ...] = ()
     other_weights: int = 0
@@ -92,7 +105,6 @@ def find_parts(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    expected: Any,
     leaf_names: Iterable[str] = (),
     leaf_classes: Iterable[type[nn.Module]] = (),
 ) -> Parts:
@@ -102,40 +114,69 @@ def find_parts(
         model: in evaluation mode; it isn't changed.
         args: positional example inputs.
         kwargs: keyword example inputs.
-        expected: what the model gives on them.
         leaf_names: paths of modules to keep whole and float.
         leaf_classes: classes of such modules.
+
+    Raises:
+        ExampleInputsError: it doesn't run on the example inputs.
     """
     leaf_names, leaf_classes = (*leaf_names, *_leaves_of_graph(model)), tuple(leaf_classes)
-    calls: Counter[tuple[str, ObjectType]] = Counter()
+    runs, copies = Runs(model), Copies()
+    whole: Part | None = None
     try:
-        with same_random_numbers():
-            signature = CallSignature.of(model, args, kwargs, type(model).__name__)
-            examples = signature.bind(args, kwargs)
-            graph = trace(model, leaf_names, leaf_classes, signature, examples, calls=calls, copies=False)
-        with same_random_numbers():
-            problem = difference(expected, propagate_examples(graph, examples))
-        if not problem:
-            return Parts(model, {"": Part("", model, graph, signature, examples)}, calls)
-        reason = PythonModule("", type(model).__name__, f"replayed on the example inputs, {problem}")
+        signature = CallSignature.of(model, args, kwargs, type(model).__name__)
+        examples = signature.bind(args, kwargs)
+        calls: Counter[tuple[str, ObjectType]] = Counter()
+
+        def again(calls: "Counter[tuple[str, ObjectType]] | None" = None) -> QGraphModule:
+            return trace(model, leaf_names, leaf_classes, signature, examples, calls=calls, copies=copies)
+
+        graph = again(calls)
+        replay = partial(runs.replay, examples)
+        whole = Part("", model, model, graph, signature, examples, again, replay)
+        runs.trust(graph)
     except Exception as error:
         reason = _reason("", model, error)
-    own = copy_of(model)
+    expected = runs.run(lambda twin: run_model(twin, args, kwargs))
+    if whole is not None:
+        try:
+            whole.result = whole.replay(whole.graph)
+            problem = difference(expected, whole.result)
+            if not problem:
+                copies.make_as_new()
+                return Parts({"": whole}, calls, copies)
+            reason = PythonModule("", type(model).__name__, f"replayed on the example inputs, {problem}")
+        except Exception as error:
+            reason = _reason("", model, error)
+    runs.trust(None)
     closed: dict[str, str] = {}
     while True:
-        finder = _Finder(own, leaf_names, leaf_classes, closed)
-        with same_random_numbers():
+
+        def search(twin: nn.Module) -> _Finder:
+            finder = _Finder(twin, runs, copies, leaf_names, leaf_classes, closed)
             finder.run(args, kwargs)
+            return finder
+
+        finder = runs.run(search)
         # What was opened at a later call than its first kept its own modules from being tried at the first.
-        news = finder.opened_late or _misfits(own, finder.parts, args, kwargs, expected)
+        news = finder.opened_late or _misfits(runs, finder.parts, args, kwargs, expected)
         if not news:
             break
         closed.update(news)
+    copies.make_as_new()
+    scripts = scripts_in(model)
     python = [reason, *finder.python.values()]
+    python.extend(PythonModule(path, type(module).__name__, NO_PYTHON) for path, module in scripts.items())
     inside = {id(module) for part in finder.parts.values() for module in part.module.modules()}
-    inside.update(id(module) for noted in finder.noted.values() for module in noted.modules())
-    other_weights = sum(module_weights(m, recurse=False) for m in own.modules() if id(m) not in inside)
-    return Parts(own, finder.parts, finder.calls, tuple(python), tuple(finder.python_calls), other_weights)
+    inside.update(id(module) for path in finder.noted for module in submodule(model, path).modules())
+    other_weights = sum(module_weights(m, recurse=False) for m in model.modules() if id(m) not in inside)
+    return Parts(finder.parts, finder.calls, copies, tuple(python), tuple(finder.python_calls), other_weights)
+
+
+def scripts_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost ScriptModules, by path."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)}
+    return {path: module for path, module in found.items() if path.rpartition(".")[0] not in found}
 
 
 def _leaves_of_graph(model: nn.Module) -> list[str]:
@@ -146,22 +187,21 @@ def _leaves_of_graph(model: nn.Module) -> list[str]:
     return [target for target in targets if not type(submodule(model, target)).__module__.startswith("torch.nn.")]
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of models that hold tensors computed from parameters, which deepcopy refuses."""
-    return copy.deepcopy(model, copied_values(model))
-
-
 class _Finder:
     """One run of the model in which every called module is tried, largest first."""
 
     def __init__(
         self,
         model: nn.Module,
+        runs: Runs,
+        copies: Copies,
         leaf_names: tuple[str, ...],
         leaf_classes: tuple[type[nn.Module], ...],
         closed: dict[str, str],
     ) -> None:
         self.model = model
+        self.runs = runs
+        self.copies = copies
         self.leaf_names = leaf_names
         self.leaf_classes = leaf_classes
         self.closed = closed
@@ -224,9 +264,8 @@ class _Finder:
             if self.is_inside or path in self.python:
                 return again(*args, **kwargs)
             given = args, kwargs
-            state = torch.random.get_rng_state()
-            reason, found = self.attempt(path, module, args, kwargs)
-            torch.random.set_rng_state(state)
+            with aside():
+                reason, found = self.attempt(path, module, args, kwargs)
             if reason is None:
                 given = copied((args, kwargs))  # It may write into them, and would a second time.
                 expected = self.inside(forward, args, kwargs)
@@ -270,19 +309,29 @@ class _Finder:
             if part is None:
                 calls = Counter(self.calls)
                 inner = [name.removeprefix(f"{path}.") for name in self.leaf_names if name.startswith(f"{path}.")]
-                root, place = module, path
+                own = submodule(self.runs.model, path)
+                root, source, place = module, own, path
                 if isinstance(module, nn.MultiheadAttention):
                     place, _, name = path.rpartition(".")
-                    root = _Holder(name, module)
-                with same_random_numbers():
-                    graph = trace(
-                        root, inner, self.leaf_classes, signature, examples, path=place, calls=calls, copies=False
-                    )
-                part = Part(path, module, graph, signature, copied(examples))
-                result = propagate_examples(graph, examples)
+                    root, source = _Holder(name, module), _Holder(name, own)
+                examples, before_it = copied(examples), Counter(calls)
+
+                def traced(root: nn.Module, calls: "Counter[tuple[str, ObjectType]]") -> QGraphModule:
+                    return trace(
+                        root, inner, self.leaf_classes, signature, examples,
+                        path=place, calls=calls, source=source, copies=self.copies,
+                    )  # fmt: skip
+
+                part = Part(
+                    path, own, source, traced(root, calls), signature, examples,
+                    lambda: traced(source, Counter(before_it)), partial(self.runs.replay, examples),
+                )  # fmt: skip
+                drawn = draws()
+                part.result = propagate_examples(part.graph, examples)
+                part.is_random = draws() > drawn
                 self.parts[path] = part
                 self.calls = calls
-                return None, result
+                return None, part.result
             if part.signature != signature:
                 return PythonModule(path, type(module).__name__, "it is called in several forms"), None
             return None, propagate_examples(part.graph, examples)
@@ -332,23 +381,23 @@ _PART = "its part"
 class _Stub(nn.Module):
     """Stands for a part while the model runs around it, and notes what the model reads of it."""
 
-    def __init__(self, part: Part, reads: list[tuple[str, str]]) -> None:
+    def __init__(self, part: Part, module: nn.Module, reads: list[tuple[str, str]]) -> None:
         super().__init__()
-        self.__dict__.update(plain_attributes(part.module))
-        self.__dict__[_PART] = part, reads
+        self.__dict__.update(plain_attributes(module))
+        self.__dict__[_PART] = part, module, reads
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[_PART][0].graph(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        part, reads = self.__dict__.get(_PART, (None, None))
-        if part is None or not hasattr(part.module, name):
+        part, module, reads = self.__dict__.get(_PART, (None, None, None))
+        if part is None or not hasattr(module, name):
             raise AttributeError(name)
-        if name in part.module._parameters or name in part.module._buffers:
+        if name in module._parameters or name in module._buffers:
             part.kept.add(name)
         else:
             reads.append((part.path, name))
-        return getattr(part.module, name)
+        return getattr(module, name)
 
 
 def _hidden_attributes(module: nn.Module) -> list[str]:
@@ -362,28 +411,42 @@ def _hidden_attributes(module: nn.Module) -> list[str]:
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """What a model may read of a part beside calling it: everything but tensors and modules."""
     known = vars(nn.Module()).keys() | (own_names() if isinstance(module, fx.GraphModule) else set())
-    return {
+    attributes = {
         name: value
         for name, value in vars(module).items()
         if name not in known and name != "forward" and not isinstance(value, (Tensor, nn.Module))
     }
+    if isinstance(module, nn.MultiheadAttention):
+        attributes["in_proj_bias"] = None  # Torch's transformer layers ask for it, and go by operators without.
+    return attributes
 
 
 def _misfits(
-    model: nn.Module, parts: dict[str, Part], args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any
+    runs: Runs, parts: dict[str, Part], args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any
 ) -> dict[str, str]:
-    """The parts that the model can't do with in the place of its modules, with the reasons."""
-    problem, reads = _run_with_stubs(model, parts.values(), args, kwargs, expected)
+    """The parts that the model can't do with in the place of its modules, with the reasons.
+
+    The model may look for modules by their class, such as to record their outputs. Those that it misses are looked for
+    by halves, so that not every part costs a run; once there were many runs, halves are given up as they are.
+    """
+
+    def problem_with(some: list[Part]) -> tuple[str, list[tuple[str, str]]]:
+        return runs.run(lambda twin: _run_with_stubs(twin, some, args, kwargs, expected))
+
+    problem, reads = problem_with(list(parts.values()))
     if not problem:
         return {path: f"its attribute {name} is read from outside" for path, name in reads}
-    # The model may look for modules by their class, such as to record their outputs.
-    found = {}
-    for path, part in parts.items():
-        alone, _ = _run_with_stubs(model, [part], args, kwargs, expected)
-        if alone and path:
-            found[path] = f"with a graph in its place the model fails: {alone}"
-    if not found:
-        found = {path: f"with graphs in place the model fails: {problem}" for path in parts}
+    found: dict[str, str] = {}
+    pending = [(list(parts.values()), problem)]
+    left = 16 + 4 * len(parts).bit_length()
+    while pending:
+        some, problem = pending.pop(0)
+        halves = [some[: len(some) // 2], some[len(some) // 2 :]] if len(some) > 1 and left >= 2 else []
+        failing = [(half, why) for half in halves if (why := problem_with(half)[0])]
+        left -= len(halves)
+        pending.extend(failing)
+        if not failing:
+            found.update({part.path: f"with a graph in its place the model fails: {problem}" for part in some})
     return found
 
 
@@ -392,47 +455,44 @@ def _run_with_stubs(
 ) -> tuple[str, list[tuple[str, str]]]:
     """Run the model with parts in place: what went wrong, and what it read of them beside calling them."""
     reads: list[tuple[str, str]] = []
-    replaced = replace_modules(model, {id(part.module): _Stub(part, reads) for part in parts})
+    modules = [(part, submodule(model, part.path)) for part in parts]
+    replace_modules(model, {id(module): _Stub(part, module, reads) for part, module in modules})
     try:
-        with torch.no_grad(), same_random_numbers():
+        with torch.no_grad():
             return difference(expected, model(*copied(args), **copied(kwargs))), reads
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", reads
-    finally:
-        for owner, name, module in replaced:
-            owner._modules[name] = module
 
 
-def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put modules in the place of others, given by identity, wherever they are registered; gives what was replaced."""
-    found = [
-        (owner, name, module)
-        for owner in list(model.modules())
-        for name, module in owner._modules.items()
-        if module is not None and id(module) in new
-    ]
-    for owner, name, module in found:
-        owner._modules[name] = new[id(module)]
-    return found
+def why_unsuitable(model: nn.Module) -> list[str]:
+    """Why a model isn't one to prepare."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return [f"model: {NO_PYTHON}; give the module that it was scripted or traced from"]
+    problems = []
+    for path, module in model.named_modules():
+        at = f"its module {path!r}" if path else "it"
+        if isinstance(module, FloatFallback) or PARTIAL in vars(module):
+            return [f"model: {at} was prepared or converted already; give the float model"]
+        preparation = module.preparation if isinstance(module, QGraphModule) else None
+        if preparation is not None:
+            problems.append(
+                f"model: {at} is a {preparation.stage} model already; give the float model, and prepare it as a whole"
+            )
+    return problems
 
 
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Leave the random numbers of the process as they were."""
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
+def keep_to_operators(model: nn.Module) -> None:
+    """Let torch's transformer modules that stay Python call their modules, and no kernel in their place."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
-@contextmanager
-def comparable() -> Iterator[None]:
-    """Let torch's transformer modules compute as a graph of their operators does, and not by a kernel of their own."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with same_random_numbers():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, given by identity, wherever they are registered."""
+    for owner in list(model.modules()):
+        for name, module in owner._modules.items():
+            if module is not None and id(module) in new:
+                owner._modules[name] = new[id(module)]

@@ -1,24 +1,28 @@
 """The way of one traced part of a model to a prepared one: each pass in turn."""
 
 import gc
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from qcore.backend_config import BackendConfig
-from qcore.fx.expand import expand
+from qcore.fx.effects import keeps_no_state
 from qcore.fx.forms import MODULES
-from qcore.fx.fuse import FusionPattern, fuse
-from qcore.fx.graph_module import Preparation, QGraphModule, adopt, own_modules, own_tensors
+from qcore.fx.fuse import FusionPattern
+from qcore.fx.graph_module import Preparation, QGraphModule, adopt, own_tensors, submodule
 from qcore.fx.hooks import notes_of_weights
-from qcore.fx.names import give_way
 from qcore.fx.observe import observe
-from qcore.fx.parts import Part, Parts, plain_attributes
+from qcore.fx.parts import NO_PYTHON, Part, Parts, plain_attributes, scripts_in
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
-from qcore.fx.shapes import propagate_examples
-from qcore.fx.tracer import Origin
+from qcore.fx.runs import comparable
+from qcore.fx.tracer import HARMLESS, Origin
+from qcore.fx.twin import Copies, copied_value, twin_of
+from qcore.fx.verify import rewrite
 from qcore.observer import ObserverBase
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import object_type_name
@@ -37,6 +41,7 @@ class Preparer:
         config: its capability, or the user's own.
         is_custom_config: whether it is the user's own.
         preserved: names of attributes of the model that the user wants kept.
+        copies: of tensors of the model, for the results to have.
 
     Attributes:
         refusals: what was asked for and isn't accepted, of all parts so far.
@@ -53,6 +58,7 @@ class Preparer:
         config: BackendConfig,
         is_custom_config: bool,
         preserved: Sequence[str],
+        copies: Copies,
     ) -> None:
         self.resolver = resolver
         self.traits = traits
@@ -63,6 +69,7 @@ class Preparer:
         self.is_custom_config = is_custom_config
         self.preserved = tuple(preserved)
         self.name = config.name or backend
+        self.copies = copies
         self.refusals: list[Refusal] = []
         self.plans: dict[str, QuantizationPlan] = {}
 
@@ -73,25 +80,19 @@ class Preparer:
 
     def prepare(self, part: Part) -> QGraphModule:
         """The part with observers in it; its graph becomes the result's."""
-        graph = part.graph
-        before = set(graph.graph.nodes)
-        memo: dict[int, Any] = {}
         # What the user reads of the module is never rewritten: the passes get names of their own.
         plain = plain_attributes(part.module) if part.path else {}
         preserved = (*plain, *part.kept) if part.path else self.preserved
-        give_way(graph, preserved)
-        if not part.path:  # A part of a model that stays Python shares what is a copy already.
-            own_modules(graph, part.module, memo)
-        expand(graph)
-        fuse(graph, self.patterns)
-        if any(node not in before and node.op.startswith("call_") for node in graph.graph.nodes):
-            propagate_examples(graph, part.examples)
-        if not part.path:
-            own_tensors(graph, part.module, memo)
+        with comparable():
+            graph, notes = rewrite(part, self.patterns, preserved)
+        graph.meta.pop(HARMLESS, None)
+        own_tensors(graph, part.root, self.copies)
+        leaves = _leaves_as_new(graph, part, self.copies)
         for name in preserved:
-            adopt(graph, part.module, name, None if part.path else memo)
+            adopt(graph, part.module, name, lambda value: copied_value(value, self.copies, leaves))
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
-        plan = replace(plan, notes=notes_of_weights(part.module))
+        scripts = [f"{path} stays as it is: {NO_PYTHON}" for path in scripts_in(graph)]
+        plan = replace(plan, notes=(*notes_of_weights(part.module), *notes, *scripts))
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
         plan = observe(graph, plan, self.kernels)
@@ -104,7 +105,7 @@ class Preparer:
         )  # fmt: skip
         return graph.with_preparation(preparation)
 
-    def decide_python(self, found: Parts) -> tuple[Decision, ...]:
+    def decide_python(self, model: nn.Module, found: Parts) -> tuple[Decision, ...]:
         """Decide for what is called by modules that stay Python: float, each for its reason."""
         decisions = []
         for call in found.python_calls:
@@ -129,7 +130,7 @@ class Preparer:
             if module.path in called:
                 continue
             owner = module.path.rpartition(".")[0]
-            kind = type(found.model.get_submodule(module.path))
+            kind = type(submodule(model, module.path))
             resolution = self.resolver.resolve(Origin(kind, True, module.path, owner, None, 0))
             if resolution.qconfig is not None:
                 reason = f"it stays Python: {module.reason}"
@@ -143,13 +144,42 @@ class Preparer:
         return [r for r in self.refusals if r.is_specific or r.decision.rule not in (*kept, "global")]
 
 
+def _leaves_as_new(graph: QGraphModule, part: Part, copies: Copies) -> dict[int, Any]:
+    """Copy anew what is kept whole and may have changed when it was called; gives the copy of each such module."""
+    found: dict[int, Any] = {}
+    for node in graph.graph.nodes:
+        origin = node.meta.get("origin")
+        if node.op != "call_module" or not isinstance(origin, Origin):
+            continue
+        path = str(node.target)
+        original = submodule(part.module, origin.path.removeprefix(part.path).removeprefix("."))
+        if not keeps_no_state(submodule(graph, path)) and id(original) not in found:
+            owner, _, name = path.rpartition(".")
+            submodule(graph, owner)._modules[name] = twin_of(original, copies)
+        found[id(original)] = submodule(graph, path)
+    return found
+
+
+class _Collector:
+    """The garbage collector is the process's: it is off as long as any thread wants it to be."""
+
+    lock = threading.Lock()
+    count = 0
+    was_enabled = False
+
+
 @contextmanager
 def garbage_left_alone() -> Iterator[None]:
     """Keep Python from looking for cycles: what a pass makes stays, and looking takes a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _Collector.lock:
+        if _Collector.count == 0:
+            _Collector.was_enabled = gc.isenabled()
+            gc.disable()
+        _Collector.count += 1
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _Collector.lock:
+            _Collector.count -= 1
+            if _Collector.count == 0 and _Collector.was_enabled:
+                gc.enable()

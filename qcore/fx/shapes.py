@@ -136,9 +136,16 @@ def difference(expected: Any, found: Any) -> str:
                 return f"it gives {_describe(have)} where the module gives {_describe(want)}"
             if not torch.equal(want, have) and not _equal_with_nan(want, have):
                 return "it gives other values than the module"
-        elif want is not have and (type(want) is not type(have) or bool(want != have)):
+        elif want is not have and (type(want) is not type(have) or not _is_same(want, have)):
             return f"it gives {have!r} where the module gives {want!r}"
     return ""
+
+
+def _is_same(want: Any, have: Any) -> bool:
+    """Whether two objects of a type are the same; those that say of no other that it is, by what they hold."""
+    if getattr(type(want), "__eq__", None) is not object.__eq__ or not hasattr(want, "__dict__"):
+        return bool(want == have)
+    return not difference(vars(want), vars(have))
 
 
 def _equal_with_nan(want: Tensor, have: Tensor) -> bool:

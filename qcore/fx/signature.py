@@ -65,17 +65,24 @@ class Leaf:
 class CallSignature:
     """The form of a call.
 
+    What is passed on is what was given, as it was given: a forward may be wrapped by a function to which a default that
+    is given, or by position, isn't the same.
+
     Attributes:
         owner: whose forward it is, for messages.
         parameters: of the forward, without ``self`` and annotations.
         spec: how the leaves make up the arguments.
         leaves: the values of the call.
+        positional: how many arguments were given by position.
+        given: the names of all that were given; the others are defaults.
     """
 
     owner: str
     parameters: inspect.Signature
     spec: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
+    positional: int
+    given: tuple[str, ...]
 
     @staticmethod
     def of(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], owner: str) -> "CallSignature":
@@ -85,7 +92,7 @@ class CallSignature:
             NotConstantError: an argument can't be an input of a graph.
             TypeError: the forward takes no such arguments.
         """
-        parameters, arguments = _bound(_parameters(module), args, kwargs)
+        parameters, arguments, given = _bound(_parameters(module), args, kwargs)
         values, spec = _flatten(arguments)
         leaves = []
         for name, value in zip(_names(spec), values, strict=True):
@@ -95,11 +102,12 @@ class CallSignature:
                 leaves.append(Leaf(name, False, value))
             else:
                 raise NotConstantError(f"its argument {name} is a {type(value).__name__}, no tensor and no constant")
-        return CallSignature(owner, parameters, spec, tuple(leaves))
+        return CallSignature(owner, parameters, spec, tuple(leaves), len(args), given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A TreeSpec warns when it is unpickled; containers of numbers say the same.
-        return _signature_of, (self.owner, self.parameters, _numbered(self.spec), self.leaves)
+        numbered = _numbered(self.spec)
+        return _signature_of, (self.owner, self.parameters, numbered, self.leaves, self.positional, self.given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallSignature":
         return self
@@ -122,7 +130,7 @@ class CallSignature:
         Raises:
             GuardError: the call has another form than the one that was traced.
         """
-        _, arguments = _bound(self.parameters, args, kwargs)
+        _, arguments, _ = _bound(self.parameters, args, kwargs)
         values, spec = _flatten(arguments)
         if spec != self.spec:
             raise GuardError(self._message("its arguments", _outline(self.spec), _outline(spec)))
@@ -137,8 +145,20 @@ class CallSignature:
         """The call with these values as its tensors: positional and keyword arguments."""
         given = iter(tensors)
         values = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
-        bound = inspect.BoundArguments(self.parameters, OrderedDict(pytree.tree_unflatten(values, self.spec)))
-        return list(bound.args), dict(bound.kwargs)
+        named = pytree.tree_unflatten(values, self.spec)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name in self.given:
+            kind = self.parameters.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                args.extend(named[name])
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                kwargs.update(named[name])
+            elif len(args) < self.positional:
+                args.append(named[name])
+            else:
+                kwargs[name] = named[name]
+        return args, kwargs
 
     def _message(self, what: str, was: str, now: str) -> str:
         return (
@@ -236,29 +256,59 @@ def check_size(value: Any, expected: Any, what: str) -> None:
         )
 
 
+class _Unknown:
+    """Stands for a default that a call can't be compared with."""
+
+    def __reduce__(self) -> str:
+        return "_UNKNOWN"
+
+
+_UNKNOWN = _Unknown()
+
+
 def _parameters(module: nn.Module) -> inspect.Signature:
-    signature = inspect.signature(type(module).forward)
-    kept = list(signature.parameters.values())[1:]
-    return inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in kept])
+    forward = type(module).forward
+    kept = list(inspect.signature(forward).parameters.values())[1:]
+    # To a function around the forward, a default that is given may be another call than one that isn't.
+    is_wrapped = inspect.unwrap(forward, stop=lambda function: not _is_torchs(function)) is not inspect.unwrap(forward)
+
+    def known(default: Any) -> Any:
+        if default is inspect.Parameter.empty:
+            return default
+        is_constant = all(isinstance(leaf, _CONSTANTS) for leaf in _flatten(default)[0])
+        return default if is_constant and not is_wrapped else _UNKNOWN
+
+    empty = inspect.Parameter.empty
+    return inspect.Signature(
+        [parameter.replace(annotation=empty, default=known(parameter.default)) for parameter in kept]
+    )
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether a function comes from torch, such as what ``torch.no_grad`` makes of a forward."""
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0] == "torch"
 
 
 def _bound(
     parameters: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[inspect.Signature, dict[str, Any]]:
+) -> tuple[inspect.Signature, dict[str, Any], tuple[str, ...]]:
+    """The parameters, the arguments by name with defaults that are known, and the names of those that were given."""
     try:
         bound = parameters.bind(*args, **kwargs)
     except TypeError:
         # A decorator may take what the forward that it wraps doesn't name.
         parameters = _ANYTHING
         bound = parameters.bind(*args, **kwargs)
+    given = tuple(bound.arguments)
     bound.apply_defaults()
     for name, parameter in parameters.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound.arguments[name] = dict(sorted(bound.arguments[name].items()))
-    return parameters, dict(bound.arguments)
+    arguments = {name: value for name, value in bound.arguments.items() if value is not _UNKNOWN}
+    return parameters, arguments, given
 
 
-def _flatten(arguments: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+def _flatten(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
     # Other containers may change during the call, which a graph wouldn't.
     return pytree.tree_flatten(arguments, is_leaf=lambda value: type(value) not in _CONTAINERS and not _is_named(value))
 
@@ -271,8 +321,15 @@ def _numbered(spec: pytree.TreeSpec) -> Any:
     return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
 
 
-def _signature_of(owner: str, parameters: inspect.Signature, numbered: Any, leaves: tuple[Leaf, ...]) -> CallSignature:
-    return CallSignature(owner, parameters, _flatten(numbered)[1], leaves)
+def _signature_of(
+    owner: str,
+    parameters: inspect.Signature,
+    numbered: Any,
+    leaves: tuple[Leaf, ...],
+    positional: int,
+    given: tuple[str, ...],
+) -> CallSignature:
+    return CallSignature(owner, parameters, _flatten(numbered)[1], leaves, positional, given)
 
 
 def _form_of(numbered: Any, leaves: tuple[Leaf, ...]) -> ResultForm:

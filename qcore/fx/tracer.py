@@ -7,7 +7,6 @@ whatever name, reads the result instead (``aliases.py``). Each node remembers in
 it, which is what a QConfigMapping speaks of.
 """
 
-import copy
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +22,20 @@ from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
-from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer, factories_recorded
+from qcore.fx.effects import has_hooks, is_harmless
+from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
 from qcore.fx.forms import FORMS, MODULES, Call
-from qcore.fx.graph_module import QGraphModule, get_attribute, is_persistent, place_for, set_tensor, submodule
+from qcore.fx.graph_module import (
+    QGraphModule,
+    get_attribute,
+    is_persistent,
+    modules_of,
+    place_for,
+    set_tensor,
+    submodule,
+    tensors_of,
+)
+from qcore.fx.guard import guarded
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.left_alone import left_alone
@@ -33,11 +43,14 @@ from qcore.fx.names import readable_targets
 from qcore.fx.nodes import READ_BY_CODE, drop_unread, set_arguments, unshadowed
 from qcore.fx.real_calls import shares_memory
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
+from qcore.fx.twin import Copies, shared, twin_of, with_shared_parameters
 from qcore.fx.values import UndecidableError, Value
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 _OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
+#: Where the result of ``trace`` says whether its forward is harmless; see ``effects.is_harmless``.
+HARMLESS = "qcore_harmless"
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -176,7 +189,8 @@ class NormalFormTracer(ExampleTracer):
         return name.startswith("torch.nn.") and not name.startswith("torch.nn.utils.") and not any(m.children())
 
     def _is_opaque(self, m: nn.Module, path: str) -> bool:
-        return path in self._leaf_names or type(m) in self._leaf_classes
+        # There is no Python to trace in a ScriptModule.
+        return path in self._leaf_names or type(m) in self._leaf_classes or isinstance(m, torch.jit.ScriptModule)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -201,7 +215,7 @@ class NormalFormTracer(ExampleTracer):
                     raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
                 if form is not None:
                     return self._inside(m, path, forward, args, kwargs)
-                with ScopeContextManager(self.scope, Scope(path, type(m))), self.with_own_isinstance(type(m).forward):
+                with ScopeContextManager(self.scope, Scope(path, type(m))):
                     return forward(*args, **kwargs)
             except Exception:
                 if self.failed_path is None:
@@ -245,7 +259,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with factories_recorded(self), self.with_own_isinstance(type(root).forward), self.real_calls:
+        with self.real_calls:
             return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -325,10 +339,18 @@ class NormalFormTracer(ExampleTracer):
             except Exception:  # What it adds to the graph until it fails is dead code, unless it writes.
                 if self.aliases.writes > writes:
                     raise
+        if kind == "call_method" and target in SIZE_METHODS and self._is_parameter(args[0]):
+            # It has one size, and isn't read for that.
+            return getattr(get_attribute(self.root, args[0].node.target), target)(*args[1:], **kwargs)
         self._is_written = False
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
         # What a write gives back is the overwritten tensor itself.
         return args[0] if self._is_written and isinstance(args[0], Value) else proxy
+
+    def _is_parameter(self, value: Any) -> bool:
+        if not self.has_example(value) or not issubclass(type(value), Value):
+            return False
+        return value.node.op == "get_attr" and value.node.target not in self.constants
 
     def create_node(
         self,
@@ -444,7 +466,8 @@ def trace(
     *,
     path: str = "",
     calls: "Counter[tuple[str, ObjectType]] | None" = None,
-    copies: bool = True,
+    source: nn.Module | None = None,
+    copies: Copies | None = None,
 ) -> QGraphModule:
     """Trace ``model`` into a GraphModule of its own, in normal form.
 
@@ -456,27 +479,43 @@ def trace(
         examples: the tensors of that call.
         path: of ``model`` within the user's model, for the nodes' origins.
         calls: how often each type was called in each module so far; see ``NormalFormTracer``.
-        copies: whether parameters, buffers and leaf modules of the result are copies, or those of ``model``.
+        source: has the tensors and modules of the result, if ``model`` was run since then.
+        copies: makes the result's buffers and leaf modules, while parameters are those of ``source``; by default those,
+            too, are copies.
 
     Raises:
         TraceError: the forward can't be traced; names the submodule, the source line and what to do.
     """
+    tensors: list[torch.Tensor] = []
+
+    def counterpart(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(shared(tensor))
+        return tensors[-1]
+
+    twin = twin_of(model, counterpart)
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
+    places = _Source(model if source is None else source, model, copies or Copies())
+    tracer.leaf = places.leaf
     try:
-        with left_alone(model):
-            graph = tracer.trace(model)
+        with guarded(tensors) as guard, left_alone(twin):
+            graph = tracer.trace(twin)
+            if guard.draws:
+                raise UndecidableError("it draws random numbers, which a graph would hold as constants")
+        harmless = is_harmless(graph, tracer.leaf)
         drop_unread(graph)
         for node in list(graph.nodes):
             if node.target == "contiguous" and not any(user.target is with_view for user in node.users):
                 node.replace_all_uses_with(node.args[0])  # Without writes a copy is as good as what it is of.
                 graph.erase_node(node)
             node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
-        root = _Root(model, graph, tracer.constants, copies)
+        root = _Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
     except Exception as error:
         raise _trace_error(error, tracer.failed_path or "", model) from error
     finally:
         vars(tracer).clear()  # Cycles hold it, and it holds the model and all that it computed.
-    return QGraphModule.of(root, graph, is_raw=True)
+    traced = QGraphModule.of(root, graph, is_raw=True)
+    traced.meta[HARMLESS] = harmless
+    return traced
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:
@@ -495,34 +534,78 @@ def _identifiers(names: Sequence[str]) -> list[str]:
     return made
 
 
+class _Source:
+    """Where a graph's tensors and modules come from.
+
+    Args:
+        model: has them as they are.
+        traced: has those that came to be while it ran.
+        copies: makes the graph's own.
+    """
+
+    def __init__(self, model: nn.Module, traced: nn.Module, copies: Copies) -> None:
+        self.model = model
+        self.traced = traced
+        self.copies = copies
+        self._leaves: dict[str, nn.Module] = {}
+
+    def leaf(self, path: str) -> nn.Module:
+        """A module to keep whole: a copy, as it may change when it is called."""
+        if path not in self._leaves:
+            module = self.get(path)
+            if any(has_hooks(inner) for inner in modules_of(module)):  # They may know the model.
+                memo: dict[int, Any] = {id(tensor): self.copies(tensor) for tensor in tensors_of(module)}
+                self._leaves[path] = submodule(twin_of(self.model, with_shared_parameters, memo), path)
+            else:
+                self._leaves[path] = twin_of(module, self.copies)
+        return self._leaves[path]
+
+    def get(self, path: str) -> Any:
+        """What is at a path."""
+        try:
+            return get_attribute(self.model, path)
+        except AttributeError:
+            return get_attribute(self.traced, path)
+
+    def is_persistent(self, path: str) -> bool:
+        """Whether a tensor is part of the state."""
+        try:
+            return is_persistent(self.model, path)
+        except AttributeError:
+            return True
+
+
 class _Root(nn.Module):
     """A root that holds just what a graph refers to; GraphModule takes its attributes from here.
 
     What code couldn't read at its own path stands at another, to which the graph's nodes are changed.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], copies: bool) -> None:
+    def __init__(
+        self, source: _Source, graph: fx.Graph, constants: dict[str, torch.Tensor], *, keeps_parameters: bool
+    ) -> None:
         super().__init__()
-        memo: dict[int, Any] = {}
         # Modules first: a tensor may be one of theirs.
-        nodes = [node for op in ("call_module", "get_attr") for node in graph.nodes if node.op == op]
-        places = readable_targets(model, dict.fromkeys(str(node.target) for node in nodes))
-        for target in dict.fromkeys(str(node.target) for node in nodes):
+        ops = ("call_module", "get_attr")
+        kinds = {str(node.target): op for op in ops for node in graph.nodes if node.op == op}
+        places = readable_targets(source.model, kinds)
+        for target, kind in kinds.items():
             owner_path, _, name = places[target].rpartition(".")
-            value = constants[target] if target in constants else get_attribute(model, target)
             place = place_for(self, owner_path)
-            own = copy.deepcopy(value, memo) if copies else value
             if name in place._parameters or name in place._buffers or name in place._modules:
                 continue
             # Straight into the registries: a module's __setattr__ costs more than all else here.
-            if isinstance(own, nn.Module):
-                place._modules[name] = own
-            else:
-                set_tensor(self, places[target], own, target in constants or is_persistent(model, target))
-        for node in nodes:
-            if places[str(node.target)] != node.target:
+            if kind == "call_module":
+                place._modules[name] = source.leaf(target)
+                continue
+            value: Any = constants[target] if target in constants else source.get(target)
+            if target not in constants and not (keeps_parameters and isinstance(value, nn.Parameter)):
+                value = source.copies(value)
+            set_tensor(self, places[target], value, target in constants or source.is_persistent(target))
+        for node in graph.nodes:
+            if node.op in ops and places[str(node.target)] != node.target:
                 node.target = places[str(node.target)]
-        self.training = model.training
+        self.training = source.model.training
 
 
 def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
