@@ -118,9 +118,9 @@ class InPlace(nn.Module):
     ("kind", "inplace", "asked"),
     [
         (operator.add, operator.iadd, {"add", "add_1"}),
-        (operator.sub, operator.isub, {"isub"}),
+        (operator.sub, operator.isub, {"sub"}),
         (operator.mul, operator.imul, {"mul", "mul_1"}),
-        (operator.truediv, operator.itruediv, {"itruediv"}),
+        (operator.truediv, operator.itruediv, {"truediv"}),
     ],
 )
 def test_a_rule_for_an_operator_speaks_of_it_in_place_too(kind, inplace, asked):
