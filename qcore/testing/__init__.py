@@ -4,6 +4,9 @@ from qcore.testing import BackendConformance
 
 class TestMyChip(BackendConformance):
     backend = "mychip"
+
+What has no kernel although the BackendConfig claims it is listed in ``declines``. ``plugged_in`` lets any object with
+hooks be the plugin of an installed backend for a while.
 """
 
 from qcore.testing.cases import CASES, EXTREME_CASES, Case
