@@ -26,7 +26,13 @@ LARGEST_ERROR = 0.5
 
 
 def _info(answer: Any) -> str:
-    return _record(answer, BackendInfo, name=str, api_version=int, description=str, priority=int)
+    problem = _record(answer, BackendInfo, name=str, api_version=int, description=str, priority=int)
+    if problem:
+        return problem
+    versions = answer.mapping_versions
+    if not isinstance(versions, tuple) or not versions or not all(type(version) is int for version in versions):
+        return f"returned mapping_versions={versions!r}, not a tuple of at least one integer"
+    return ""
 
 
 def _availability(answer: Any) -> str:
