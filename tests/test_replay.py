@@ -63,7 +63,9 @@ def executed(model: nn.Module) -> tuple[Executor, fx.GraphModule]:
             return isinstance(m, KernelModule) or super().is_leaf_module(m, qualified_name)
 
     module = fx.GraphModule(model, Tracer().trace(model))
-    return Executor(module, type(module).forward), module
+    executor = Executor(module, type(module).forward)
+    vars(executor)["held"] = module  # An executor doesn't hold its module.
+    return executor, module
 
 
 def python_runs(executor: Executor, kernel: Scale, *args: Any) -> int:

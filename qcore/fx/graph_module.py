@@ -146,11 +146,15 @@ class QGraphModule(fx.GraphModule):
         module = QGraphModule.__new__(QGraphModule)
         vars(module)["_is_raw"] = True  # There is no need for the code of an empty graph.
         module.__init__(nn.Module(), fx.Graph())  # type: ignore[misc]
+        module.graph.owning_module = None
         for registry in (*REGISTRIES, "_non_persistent_buffers_set"):
             vars(module)[registry].update(vars(root)[registry])
         module.training = root.training
         vars(module)["_is_raw"] = is_raw
         module.graph = graph
+        # Without a cycle, what nobody holds is freed at once; a graph that is held longer belongs to no module then.
+        disown = functools.partial(_disown, weakref.ref(graph))
+        graph.owning_module = weakref.proxy(module, disown)  # type: ignore[assignment]
         return module
 
     @property
@@ -169,9 +173,6 @@ class QGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make the code anew; that of a raw module is made when it is first called."""
-        # Without a cycle, what nobody holds is freed at once; a graph that is held longer belongs to no module then.
-        disown = functools.partial(_disown, weakref.ref(self.graph))
-        self.graph.owning_module = weakref.proxy(self, disown)  # type: ignore[assignment]
         if vars(self).get("_is_raw"):
             type(self).forward = _ForwardWhenAsked(self)  # type: ignore[assignment]
             return None
