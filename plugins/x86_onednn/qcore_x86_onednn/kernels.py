@@ -449,8 +449,7 @@ class QConv(_Weighted):
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
-        _, zero_point = self.qparams("input")
-        run = in_any_windows(self.weight, self.geometry, zero_point, self._run_of_geometry)
+        run = in_any_windows(self.weight, self.geometry, self.qparams("input")[1], self._run_of_geometry)
         return bounded(with_batch(run, self.dimensions + 2, self.width), self.bounds)
 
     def _run_of_geometry(self, geometry: Geometry) -> Callable[[Tensor], Tensor]:
