@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.dispatch import DispatchMode
+from qcore.replay.dispatch import DispatchMode
 
 _drawing = threading.RLock()
 
