@@ -474,3 +474,11 @@ def test_torch_compile_around_a_model_or_a_module_of_it_is_left_out():
         assert paths == {"inner.0", "inner.2", "linear"}
         assert torch.allclose(prepared(*INPUTS), holding.linear(plain(*INPUTS)), atol=1e-6)
         assert (qcore.convert_fx(prepared)(*INPUTS) - holding.linear(plain(*INPUTS))).norm() < 0.1
+
+
+def test_a_lazy_module_that_has_no_weights_yet():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU()).eval()
+    with pytest.raises(errors.ConfigError, match="parameter '0.weight' isn't initialized yet; run the model once"):
+        prepare(lazy)
+    lazy(*INPUTS)
+    assert prepare(lazy)(*INPUTS).shape == (2, 4)

@@ -2,6 +2,8 @@
 
 import gc
 import math
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import qcore
+from qcore.fx.guard import guarded
 from qcore.fx.prepare import garbage_left_alone
 
 
@@ -200,6 +204,38 @@ def test_the_garbage_collector_is_on_again_when_the_last_one_is_done():
     assert not gc.isenabled()
     second.__exit__(None, None, None)
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("ends_first", ["the other", "this"])
+def test_overlapping_guards_leave_nothing_behind(ends_first):
+    """Torch's compiler would let all code be, for good."""
+    entered, end = threading.Event(), threading.Event()
+
+    def guard():
+        with guarded(()):
+            entered.set()
+            end.wait(60)
+
+    other = threading.Thread(target=guard)
+    with guarded(()):
+        other.start()
+        entered.wait(60)
+        if ends_first == "the other":
+            end.set()
+            other.join()
+            assert is_in_torch_dispatch_mode()
+    end.set()
+    other.join()
+    assert not is_in_torch_dispatch_mode()
+
+
+def test_preparing_does_not_import_torch_s_compiler():
+    code = (
+        "import sys, torch, qcore; x = torch.zeros(1, 2); m = torch.nn.Sequential(torch.nn.Linear(2, 2)).eval();"
+        "p = qcore.prepare_fx(m, qcore.get_default_qconfig_mapping('reference'), (x,)); p(x); c = qcore.convert_fx(p);"
+        "[c(x) for _ in range(4)]; assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 @torch.no_grad()

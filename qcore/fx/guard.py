@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from qcore.replay.dispatch import DispatchMode
 
 _drawing = threading.RLock()
 
@@ -21,7 +22,7 @@ class WriteError(RuntimeError):
     """A forward writes into a tensor of the model that isn't its own to write into."""
 
 
-class Guard(TorchDispatchMode):
+class Guard(DispatchMode):
     """Looks at every operator that a thread computes.
 
     Attributes:
@@ -32,7 +33,7 @@ class Guard(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.protected: frozenset[int] = frozenset()
         self.stream = torch.empty(0)
         self.draws = 0

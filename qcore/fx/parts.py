@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from qcore.errors import TraceError
 from qcore.fx.costs import module_weights
@@ -478,6 +479,11 @@ def why_unsuitable(model: nn.Module) -> list[str]:
             problems.append(
                 f"model: {at} is a {preparation.stage} model already; give the float model, and prepare it as a whole"
             )
+    lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
+    if lazy:
+        problems.append(
+            f"model: its parameter {lazy[0]!r} isn't initialized yet; run the model once, and load its weights"
+        )
     return problems
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
+
+from qcore.replay.dispatch import DispatchMode
 
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset
@@ -149,9 +150,9 @@ class _Memory:
     lodgers: dict[Any, Value]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = 0
         self.values = WeakIdKeyDictionary()
         self.constants: list[tuple[Value, Any]] = []
@@ -162,10 +163,6 @@ class _Recorder(TorchDispatchMode):
         self.inputs = tuple(self.new(tensor) for tensor in inputs)
         for tensor in inputs:
             self.given.add(_storage(tensor))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # Else torch imports its compiler, which takes seconds.
 
     def new(self, thing: Any) -> Value:
         """The value that a tensor or script object is from now on: a first one, or another after a change in place."""
