@@ -159,6 +159,9 @@ def prepare_fx(
         result.__dict__[PARTIAL] = PartialPreparation(
             "prepared", found.python, idle, python_decisions, found.other_weights, form
         )
+    for part in found.parts.values():
+        part.forget()
+    found.copies.forget()
     if custom.guard_failure == "float":
         result = FloatFallback(result, twin_of(model))
     return result

@@ -4,6 +4,7 @@ A kernel multiplies integers, adds the products in int32, multiplies the sum by 
 again. Each of these steps has an end, behind which a native kernel wraps around and says nothing.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,6 +118,36 @@ def why_inexact(
         return None
     sums = largest_sums(weight.values, axis).to(torch.float64) * input_max
     return _beyond(sums.max() if axis else sums, steps, added, output, adds_bias)
+
+
+def coarsened(weight: "QuantizedWeight", bias: Tensor | None, input: "QParams", output: "QParams") -> "QuantizedWeight":
+    """The same weight for a kernel that adds the bias as an integer, with larger steps where that would leave 32 bits.
+
+    So it is with channels of next to no weights and a usual bias, such as dead ones into which a batch norm was folded.
+
+    Args:
+        weight: symmetric, with its output channels along axis 0.
+        bias: float32.
+        input: qparams of the activation.
+        output: qparams of the result.
+
+    Returns:
+        Another weight if no result differs by more than a quarter of its step; else the same.
+    """
+    if bias is None or weight.axis != 0 or not bool(torch.isfinite(bias).all()):
+        return weight
+    scale = weight.scale.to(torch.float64)
+    least = bias.abs().to(torch.float64) / (_LARGEST / 2 * input.scale)
+    if not bool((least > scale).any()):
+        return weight
+    coarse = torch.maximum(scale, least).to(torch.float32)
+    along = (-1, *[1] * (weight.values.dim() - 1))
+    real = weight.values.to(torch.float64) * scale.view(along)
+    values = torch.round(real / coarse.view(along))
+    lost = (real - values * coarse.view(along)).abs().flatten(1).sum(1) * input.quant_max * input.scale
+    if float(lost.max()) > output.scale / 4:
+        return weight
+    return replace(weight, values=values.to(weight.values.dtype), scale=coarse)
 
 
 def _beyond(sums: float | Tensor, steps: Tensor, added: Tensor, output: "QParams", adds_bias: bool) -> str | None:

@@ -400,7 +400,8 @@ def test_all_that_is_wrong_with_constraints_comes_at_once():
 def test_an_argument_that_is_no_tensor_is_named(installed_backend, value):
     mapping = qcore.get_default_qconfig_mapping(installed_backend)
     prepared = qcore.prepare_fx(model(), mapping, INPUTS)
-    message = f"argument input of the model must be a tensor, .*found {type(value).__name__}"
+    found = "None" if value is None else f"a {type(value).__name__}"
+    message = f"argument input of .*: {found}; the model was prepared with a tensor of torch.float32"
     with pytest.raises(errors.GuardError, match=message):
         prepared(value)
     prepared(*INPUTS)

@@ -28,7 +28,7 @@ def check(backend: str, module: nn.Module, x: Tensor, *others: Tensor) -> None:
     mapping = qcore.get_default_qconfig_mapping(backend)
     with torch.no_grad():
         try:
-            prepared = qcore.prepare_fx(model, mapping, (x,), backend=backend)
+            prepared = qcore.prepare_fx(model, mapping, (x,), backend=backend, on_unsupported="ignore")
         except NothingToQuantizeError:  # The backend has no kernel of this kind.
             return
         for inputs in (x, *others):
@@ -134,7 +134,9 @@ class Residual(nn.Module):
 
 def test_a_residual_of_one_column(installed_backend: str):
     model, x = Residual().eval(), torch.randn(2, 8, 9, 2)
-    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (x,))
+    prepared = qcore.prepare_fx(
+        model, qcore.get_default_qconfig_mapping(installed_backend), (x,), on_unsupported="ignore"
+    )
     with torch.no_grad():
         prepared(x)
         reference, converted = qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
@@ -166,7 +168,9 @@ def test_an_input_smaller_than_the_kernel_is_refused_as_by_the_float_model(
     model = nn.Sequential(layer).eval()
     with pytest.raises(RuntimeError):
         model(small)
-    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (usual,))
+    prepared = qcore.prepare_fx(
+        model, qcore.get_default_qconfig_mapping(installed_backend), (usual,), on_unsupported="ignore"
+    )
     with torch.no_grad():
         prepared(usual)
         converted = qcore.convert_fx(prepared)
@@ -180,7 +184,9 @@ def test_an_input_smaller_than_the_kernel_is_refused_as_by_the_float_model(
 def test_a_weight_that_is_no_number_is_refused_by_name(installed_backend: str, layer: nn.Module, value: float):
     model = nn.Sequential(layer).eval()
     x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 5, 5)
-    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping(installed_backend), (x,))
+    prepared = qcore.prepare_fx(
+        model, qcore.get_default_qconfig_mapping(installed_backend), (x,), on_unsupported="ignore"
+    )
     prepared(x)
     with torch.no_grad():
         prepared.get_parameter("0.weight").view(-1)[3] = value

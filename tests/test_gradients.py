@@ -1,6 +1,7 @@
 """Gradients: straight through the roundings of a reference model; an error on kernels, when one is asked for."""
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_an_input_that_meets_no_integers_keeps_its_gradient(installed_backend: s
     if installed_backend == "reference":
         pytest.skip("it has no kernels")
     x, y = torch.randn(16, 8), torch.randn(16, 8, requires_grad=True)
-    mapping = qcore.get_default_qconfig_mapping(installed_backend).set_object_type(torch.mul, None)
+    mapping = qcore.get_default_qconfig_mapping(installed_backend).set_object_type(operator.mul, None)
     made = qcore.prepare_fx(Two().eval(), mapping, (x, y.detach()))
     qcore.calibrate(made, [(x, y.detach())])
     quantized = qcore.convert_fx(made)

@@ -280,7 +280,7 @@ def test_a_misspelt_backend_is_asked_about_and_an_unknown_one_to_be_installed(in
 
 
 def test_a_backend_is_asked_for_by_a_string():
-    with pytest.raises(errors.ConfigError, match="by its name, found 3"):
+    with pytest.raises(errors.ConfigError, match="the name of a backend, found int"):
         prepared(3)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from qcore.replay.dispatch import DispatchMode
 
@@ -47,29 +48,42 @@ class Guard(DispatchMode):
             kind = torch.Tag.nondeterministic_seeded in func.tags, func._schema.is_mutable
             self._kinds[func] = kind
         is_random, is_writing = kind
-        if is_writing and self.protected:
-            self._check(func, args, kwargs or {})
+        if is_writing:
+            return self._write(func, args, kwargs or {}, is_random)
+        return self._compute(func, args, kwargs or {}, is_random)
+
+    def _compute(self, func: Any, args: Any, kwargs: Any, is_random: bool) -> Any:
         if not is_random:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            return func(*args, **kwargs)
         with _drawing:
             self.draws += 1
             others = torch.random.get_rng_state()
             torch.random.set_rng_state(self.stream)
             try:
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
             finally:
                 self.stream = torch.random.get_rng_state()
                 torch.random.set_rng_state(others)
 
-    def _check(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _write(self, func: Any, args: Any, kwargs: Any, is_random: bool) -> Any:
+        versions: list[tuple[Tensor, int]] = []
         for number, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = args[number] if number < len(args) else kwargs.get(argument.name)
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor) and _address(tensor) in self.protected:
+                if not isinstance(tensor, Tensor):
+                    continue
+                if self.protected and _address(tensor) in self.protected:
                     self.refused = True
                     raise WriteError(f"{func} writes into a parameter or a buffer of the model")
+                if not tensor.is_inference():
+                    versions.append((tensor, tensor._version))
+        result = self._compute(func, args, kwargs, is_random)
+        for tensor, version in versions:
+            if tensor._version == version:  # Under a mode torch counts no writes of operators that it doesn't know.
+                increment_version(tensor)
+        return result
 
 
 class _Thread(threading.local):

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from qcore.fx.values import UndecidableError, values_in
@@ -18,6 +19,7 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     before = [
         (module, [dict(registry) for registry in _registries(module)], _containers(vars(module)))
         for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # No traced forward sets anything there.
     ]
     kept = ""
     try:

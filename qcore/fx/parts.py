@@ -63,6 +63,10 @@ class Part:
     is_random: bool = False
     kept: set[str] = field(default_factory=set)
 
+    def forget(self) -> None:
+        """Let go of all that tracing made: functions that hold each other, and tensors with them."""
+        vars(self).clear()
+
 
 @dataclass(frozen=True)
 class PythonCall:

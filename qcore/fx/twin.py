@@ -65,6 +65,10 @@ class Copies:
             self._made[id(tensor)] = tensor, cloned(tensor)  # With the tensor, lest another gets its identity.
         return self._made[id(tensor)][1]
 
+    def forget(self) -> None:
+        """Let go of all tensors: what made the copies may be held by cycles."""
+        self._made.clear()
+
     def make_as_new(self) -> None:
         """Undo what was written into the copies."""
         with torch.no_grad():

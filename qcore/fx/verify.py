@@ -109,7 +109,7 @@ def _apart(want: Any, have: Any) -> str:
     if not torch.equal(finite, torch.isfinite(have)):
         return "a result is infinite or no number where it wasn't, or the reverse"
     kind = torch.complex128 if want.is_complex() else torch.float64
-    want, have = want[finite].to(kind), have[finite].to(kind)
+    want, have = want.detach()[finite].to(kind), have.detach()[finite].to(kind)
     if want.numel() == 0:
         return ""
     most, far = float(want.abs().max()), float((want - have).abs().max())

@@ -327,6 +327,7 @@ class QLinearToFloat(WeightKernel):
 
     def check_state(self) -> None:
         """A weight may be loaded that no rule has seen."""
+        super().check_state()
         check_pairs(self.weight, largest_sum(self.weight), self.input_max)
 
     def pack(self) -> Callable[[Tensor], Tensor]:

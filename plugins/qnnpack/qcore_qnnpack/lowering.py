@@ -8,7 +8,7 @@ from torch import nn
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
 from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
-from qcore.sums import why_inexact
+from qcore.sums import coarsened, why_inexact
 from qcore_qnnpack import kernels
 
 
@@ -23,8 +23,14 @@ def _inexact(call: QuantizedCall, axis: int = 0) -> Declined | None:
     return None if reason is None else Declined(reason)
 
 
+def _with_room_for_the_bias(call: QuantizedCall) -> QuantizedCall:
+    assert call.weight is not None
+    return replace(call, weight=coarsened(call.weight, call.bias, call.inputs[0], call.quantized_output))
+
+
 def conv(call: QuantizedCall) -> nn.Module | Declined:
     """A convolution."""
+    call = _with_room_for_the_bias(call)
     assert call.weight is not None
     _, _, _, stride, padding, dilation, groups = call.args
     padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
@@ -58,6 +64,7 @@ def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
 
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer."""
+    call = _with_room_for_the_bias(call)
     assert call.weight is not None
     if declined := _inexact(call):
         return declined
