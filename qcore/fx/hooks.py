@@ -31,7 +31,7 @@ def compute_weights(module: nn.Module) -> None:
 def makers_of_weights(module: nn.Module) -> list[str]:
     """What computes the weights of a module (not of those in it), by hook or as a parametrization: names of classes."""
     makers = [hook for hook in module._forward_pre_hooks.values() if _computes_weight(hook)]
-    lists = module._modules.get("parametrizations")
+    lists = dict(module.named_children()).get("parametrizations")
     makers += [maker for listed in lists.children() for maker in listed.children()] if lists is not None else []
     return list(dict.fromkeys(type(maker).__name__.lstrip("_") for maker in makers))
 

@@ -410,7 +410,8 @@ def _hidden_attributes(module: nn.Module) -> list[str]:
     if isinstance(module, fx.GraphModule):
         return []
     spaces = (plain_attributes(module), *(vars(base) for base in type(module).__mro__))
-    return [name for name in sorted(own_names()) if any(name in space for space in spaces)]
+    names = [name for name in sorted(own_names()) if not name.startswith("__")]  # Python's own are read of the class.
+    return [name for name in names if any(name in space for space in spaces)]
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
