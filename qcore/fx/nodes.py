@@ -5,6 +5,7 @@ that it does; arguments that are set afterwards it doesn't look at. No graph of 
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -73,3 +74,19 @@ def drop_unread(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and not is_impure(node):
             graph.erase_node(node)
+
+
+def identifiers(names: Sequence[str]) -> list[str]:
+    """Names of parameters for the inputs of a graph, such as ``states_0`` for ``states[0]``."""
+    found = dict.fromkeys(name for name in names if name.isidentifier() and name not in READ_BY_CODE)
+    made = []
+    for name in names:
+        wanted = name
+        if name not in found:
+            wanted = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_")
+            wanted = wanted if wanted[:1].isalpha() else f"input_{wanted}"
+            while wanted in found or wanted in READ_BY_CODE:
+                wanted += "_"
+            found[wanted] = None
+        made.append(wanted)
+    return made

@@ -132,6 +132,11 @@ def operator_of(node: fx.Node) -> Operator | None:
     return _BY_FUNCTION.get(node.target)
 
 
+def is_tuple(node: fx.Node) -> bool:
+    """Whether a node gives several tensors at once, each of which a ``getitem`` then takes out."""
+    return operator_of(node) in (CHUNK, SPLIT)
+
+
 def activation_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads as activations, in order.
 

@@ -17,7 +17,7 @@ from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.graph_module import submodule
 from qcore.fx.hooks import hook_of
 from qcore.fx.match import Match, PatternTable, find_matches
-from qcore.fx.operators import CHUNK, CLAMP, GETITEM, SPLIT, Kind, operator_of
+from qcore.fx.operators import CLAMP, GETITEM, Kind, is_tuple, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
@@ -503,8 +503,3 @@ class _Planner:
             for constructor in inputs.get(node, ()):
                 key = (node, constructor)
                 yield node, self.values.inputs[key], tuple(self.values.input_readers[key])
-
-
-def is_tuple(node: fx.Node) -> bool:
-    """Whether a node gives several tensors at once, each of which a ``getitem`` then takes out."""
-    return operator_of(node) in (CHUNK, SPLIT)

@@ -7,11 +7,9 @@ whatever name, reads the result instead (``aliases.py``). Each node remembers in
 it, which is what a QConfigMapping speaks of.
 """
 
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -22,28 +20,24 @@ from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
-from qcore.fx.effects import has_hooks, is_harmless
+from qcore.fx.effects import is_harmless
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
 from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import (
     QGraphModule,
     get_attribute,
-    is_persistent,
-    modules_of,
-    place_for,
-    set_tensor,
     submodule,
-    tensors_of,
 )
 from qcore.fx.guard import guarded
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.left_alone import left_alone
-from qcore.fx.names import readable_targets
-from qcore.fx.nodes import READ_BY_CODE, drop_unread, set_arguments, unshadowed
+from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
 from qcore.fx.real_calls import shares_memory
+from qcore.fx.roots import Root, Source
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.twin import Copies, shared, twin_of, with_shared_parameters
+from qcore.fx.trace_errors import trace_error
+from qcore.fx.twin import Copies, shared, twin_of
 from qcore.fx.values import UndecidableError, Value
 from qcore.qconfig_mapping import ObjectType
 
@@ -51,7 +45,6 @@ _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 _OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
 #: Where the result of ``trace`` says whether its forward is harmless; see ``effects.is_harmless``.
 HARMLESS = "qcore_harmless"
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class NormalFormTracer(ExampleTracer):
         if self._signature is None:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         signature = self._signature
-        names = _identifiers(signature.tensor_names)
+        names = identifiers(signature.tensor_names)
         tensors = [self.create_proxy("placeholder", name, (), {}) for name in names]
 
         def call(root: nn.Module, *tensors: Any) -> Any:
@@ -494,7 +487,7 @@ def trace(
 
     twin = twin_of(model, counterpart)
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
-    places = _Source(model if source is None else source, model, copies or Copies())
+    places = Source(model if source is None else source, model, copies or Copies())
     tracer.leaf = places.leaf
     try:
         with guarded(tensors) as guard, left_alone(twin):
@@ -508,124 +501,11 @@ def trace(
                 node.replace_all_uses_with(node.args[0])  # Without writes a copy is as good as what it is of.
                 graph.erase_node(node)
             node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
-        root = _Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
+        root = Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
     except Exception as error:
-        raise _trace_error(error, tracer.failed_path or "", model) from error
+        raise trace_error(error, tracer.failed_path or "", model) from error
     finally:
         vars(tracer).clear()  # Cycles hold it, and it holds the model and all that it computed.
     traced = QGraphModule.of(root, graph, is_raw=True)
     traced.meta[HARMLESS] = harmless
     return traced
-
-
-def _identifiers(names: Sequence[str]) -> list[str]:
-    """Names of parameters for the inputs of a graph, such as ``states_0`` for ``states[0]``."""
-    found = dict.fromkeys(name for name in names if name.isidentifier() and name not in READ_BY_CODE)
-    made = []
-    for name in names:
-        wanted = name
-        if name not in found:
-            wanted = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_")
-            wanted = wanted if wanted[:1].isalpha() else f"input_{wanted}"
-            while wanted in found or wanted in READ_BY_CODE:
-                wanted += "_"
-            found[wanted] = None
-        made.append(wanted)
-    return made
-
-
-class _Source:
-    """Where a graph's tensors and modules come from.
-
-    Args:
-        model: has them as they are.
-        traced: has those that came to be while it ran.
-        copies: makes the graph's own.
-    """
-
-    def __init__(self, model: nn.Module, traced: nn.Module, copies: Copies) -> None:
-        self.model = model
-        self.traced = traced
-        self.copies = copies
-        self._leaves: dict[str, nn.Module] = {}
-
-    def leaf(self, path: str) -> nn.Module:
-        """A module to keep whole: a copy, as it may change when it is called."""
-        if path not in self._leaves:
-            module = self.get(path)
-            if any(has_hooks(inner) for inner in modules_of(module)):  # They may know the model.
-                memo: dict[int, Any] = {id(tensor): self.copies(tensor) for tensor in tensors_of(module)}
-                self._leaves[path] = submodule(twin_of(self.model, with_shared_parameters, memo), path)
-            else:
-                self._leaves[path] = twin_of(module, self.copies)
-        return self._leaves[path]
-
-    def get(self, path: str) -> Any:
-        """What is at a path."""
-        try:
-            return get_attribute(self.model, path)
-        except AttributeError:
-            return get_attribute(self.traced, path)
-
-    def is_persistent(self, path: str) -> bool:
-        """Whether a tensor is part of the state."""
-        try:
-            return is_persistent(self.model, path)
-        except AttributeError:
-            return True
-
-
-class _Root(nn.Module):
-    """A root that holds just what a graph refers to; GraphModule takes its attributes from here.
-
-    What code couldn't read at its own path stands at another, to which the graph's nodes are changed.
-    """
-
-    def __init__(
-        self, source: _Source, graph: fx.Graph, constants: dict[str, torch.Tensor], *, keeps_parameters: bool
-    ) -> None:
-        super().__init__()
-        # Modules first: a tensor may be one of theirs.
-        ops = ("call_module", "get_attr")
-        kinds = {str(node.target): op for op in ops for node in graph.nodes if node.op == op}
-        places = readable_targets(source.model, kinds)
-        for target, kind in kinds.items():
-            owner_path, _, name = places[target].rpartition(".")
-            place = place_for(self, owner_path)
-            if name in place._parameters or name in place._buffers or name in place._modules:
-                continue
-            # Straight into the registries: a module's __setattr__ costs more than all else here.
-            if kind == "call_module":
-                place._modules[name] = source.leaf(target)
-                continue
-            value: Any = constants[target] if target in constants else source.get(target)
-            if target not in constants and not (keeps_parameters and isinstance(value, nn.Parameter)):
-                value = source.copies(value)
-            set_tensor(self, places[target], value, target in constants or source.is_persistent(target))
-        for node in graph.nodes:
-            if node.op in ops and places[str(node.target)] != node.target:
-                node.target = places[str(node.target)]
-        self.training = source.model.training
-
-
-def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
-    location = _user_location(error)
-    where = f"{path!r} ({type(submodule(model, path)).__name__})" if path else f"the model ({type(model).__name__})"
-    at = f" at {location}" if location else ""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return TraceError(
-        f"{type(model).__name__} can't be traced: the forward of {where} failed{at}: "
-        f"{reason}. Keep that submodule whole with "
-        f"prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names([{path!r}]), or rewrite the line",
-        path,
-        location,
-        reason,
-    )
-
-
-def _user_location(error: Exception) -> str | None:
-    """The innermost line outside torch and qcore."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<"):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return None

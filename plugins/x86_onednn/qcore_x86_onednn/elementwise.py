@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qcore.kernel import KernelModule, QParams
 from qcore_x86_onednn import kernels
+from qcore_x86_onednn.integers import bounded
 
 
 class _Binary(KernelModule):
@@ -31,7 +32,7 @@ class _Binary(KernelModule):
         def run(a: Tensor, b: Tensor) -> Tensor:
             return kernels.quantize(function(kernels.dequantize(a, *first), kernels.dequantize(b, *second)), *output)
 
-        return kernels.bounded(run, self.bounds("output"))
+        return bounded(run, self.bounds("output"))
 
 
 class QAdd(_Binary):
@@ -49,7 +50,7 @@ class QAdd(_Binary):
         def run(a: Tensor, b: Tensor) -> Tensor:
             return kernels.add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
 
-        return kernels.bounded(run, self.bounds("output"))
+        return bounded(run, self.bounds("output"))
 
 
 class QMul(_Binary):
@@ -62,7 +63,7 @@ class QMul(_Binary):
         if not kernels.has_quantized():
             return self.in_float(torch.mul)
         first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
-        return kernels.bounded(lambda a, b: kernels.mul(a, b, first, second, output), self.bounds("output"))
+        return bounded(lambda a, b: kernels.mul(a, b, first, second, output), self.bounds("output"))
 
 
 class QMean(KernelModule):
@@ -92,4 +93,4 @@ class QMean(KernelModule):
             size = max(1, math.prod(x.shape[dim] for dim in dims))
             return kernels.quantize(kernels.dequantize(x, *input).sum(dims, keepdim), scale * size, zero_point)
 
-        return kernels.bounded(run, self.bounds("output"))
+        return bounded(run, self.bounds("output"))

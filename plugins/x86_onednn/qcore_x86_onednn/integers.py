@@ -1,12 +1,14 @@
 """What is done to plain integers without a kernel of oneDNN's."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcore.kernel import KernelModule, QParams
+from qcore.kernel import KernelModule, QParams, QuantizedWeight
 
 
 def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
@@ -25,6 +27,27 @@ def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:
     for member, part in enumerate(weight.view(groups // number, number, out // groups, width, *kernel).unbind(1)):
         merged[:, member, :, member] = part
     return merged.view(out, number * width, *kernel)
+
+
+def all_weights_127(window: list[int]) -> tuple[QuantizedWeight, None, QParams, None, tuple[str, list[float], str]]:
+    """What a kernel with weights at the end of their range, 16 by 16, and a window is made of."""
+    one = torch.ones(16, dtype=torch.float32)
+    weight = QuantizedWeight(torch.full((16, 16, *window), 127, dtype=torch.int8), one, one * 0, 0)
+    return weight, None, QParams(1.0, 0, 0, 255, torch.uint8), None, ("none", [], "")
+
+
+def is_exact_at_the_ends(run: Callable[[Tensor], Tensor], window: list[int]) -> bool:
+    """Whether such a kernel adds up all that it should for activations of 255."""
+    x = torch.full((2, 16, *window), 255, dtype=torch.uint8)
+    return bool((run(x) == 127 * 255 * 16 * math.prod(window)).all())
+
+
+def bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
+    """A kernel's results cut to the smallest and the largest integer that they may take."""
+    if bounds is None:
+        return run
+    low, high = bounds
+    return lambda *inputs: run(*inputs).clamp_(low, high)
 
 
 class QNearest(KernelModule):

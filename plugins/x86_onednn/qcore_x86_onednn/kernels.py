@@ -9,7 +9,6 @@ take their place.
 
 import copy
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from qcore.kernel import PACKING, KernelModule, QParams, QuantizedWeight, Weight
 from qcore.sums import check_sums
 from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
-from qcore_x86_onednn.integers import merge_groups
+from qcore_x86_onednn.integers import all_weights_127, bounded, is_exact_at_the_ends, merge_groups
 from qcore_x86_onednn.observers import largest_sum
 from qcore_x86_onednn.windows import Geometry, in_any_windows, rewriting
 
@@ -80,20 +79,9 @@ def has_vnni() -> bool:
 def measure_saturation() -> bool:
     """Whether oneDNN's kernels lose something at the ends of the ranges: all weights 127, all activations 255."""
     # The plain kernels: which of the others to take depends on the answer.
-    linear, conv = _all_weights_127([]), [_all_weights_127([size, size]) for size in (1, 3)]
+    linear, conv = all_weights_127([]), [all_weights_127([size, size]) for size in (1, 3)]
     runs = [QLinear(*linear)._run_of_plain(), *(QConv(*state, _NO_GEOMETRY)._run_of_plain() for state in conv)]
-    return not all(map(_is_exact_at_the_ends, runs, ([], [1, 1], [3, 3])))
-
-
-def _all_weights_127(window: list[int]) -> tuple[QuantizedWeight, None, QParams, None, tuple[str, list[float], str]]:
-    one = torch.ones(16, dtype=torch.float32)
-    weight = QuantizedWeight(torch.full((16, 16, *window), 127, dtype=torch.int8), one, one * 0, 0)
-    return weight, None, QParams(1.0, 0, 0, 255, torch.uint8), None, ("none", [], "")
-
-
-def _is_exact_at_the_ends(run: Callable[[Tensor], Tensor], window: list[int]) -> bool:
-    x = torch.full((2, 16, *window), 255, dtype=torch.uint8)
-    return bool((run(x) == 127 * 255 * 16 * math.prod(window)).all())
+    return not all(map(is_exact_at_the_ends, runs, ([], [1, 1], [3, 3])))
 
 
 def has_quantized() -> bool:
@@ -114,7 +102,7 @@ def is_exact(name: str) -> bool:
     """
     if not has_engine(name):
         return False
-    return not has_vnni() or _is_exact_at_the_ends(QLinear(*_all_weights_127([]))._run_of_engine(name), [])
+    return not has_vnni() or is_exact_at_the_ends(QLinear(*all_weights_127([]))._run_of_engine(name), [])
 
 
 @contextmanager
@@ -677,11 +665,3 @@ class QMaxPool2d(KernelModule):
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)
         return lambda x: torch.max_pool2d(x.to(torch.float32), *geometry).to(torch.uint8)
-
-
-def bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
-    """A kernel's results cut to the smallest and the largest integer that they may take."""
-    if bounds is None:
-        return run
-    low, high = bounds
-    return lambda *inputs: run(*inputs).clamp_(low, high)
