@@ -222,3 +222,22 @@ def test_a_folded_norm_is_not_given_what_it_would_go_by_another_axis_of():
         assert made(torch.randn(5, 16)).shape == (5, 3)
         with pytest.raises(qcore.errors.GuardError, match=r"dim\(\) = 2, and now it is 3"):
             made(torch.randn(2, 16, 16))
+
+
+@torch.no_grad()
+def test_a_norm_over_the_middle_of_a_product_is_not_folded():
+    """The product becomes a linear layer just before, and has no example of its own yet."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 4))
+            self.norm = nn.BatchNorm1d(3)
+            self.norm.running_mean.uniform_(0.5, 1.5)
+
+        def forward(self, x):
+            return self.norm(x @ self.matrix)
+
+    model, x = Product().eval(), torch.randn(2, 3, 4)
+    prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping("reference"), (x,))
+    assert torch.allclose(prepared(x), model(x), atol=1e-5)

@@ -117,7 +117,7 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     tensors = [None if v is None else get_attribute(module, str(v.target)) for v in parameters]  # type: ignore[union-attr]
     weight: Tensor = tensors[0]  # type: ignore[assignment]
     bias, mean, var, gamma, beta = tensors[1:]
-    if mean is None or var is None or not _normalizes_channels(module, weighted):
+    if mean is None or var is None or not _normalizes_channels(module, weighted, norm):
         return False
     groups = int(weighted.args[6]) if op in CONV_TRANSPOSE else 1  # type: ignore[arg-type]
     with torch.no_grad():
@@ -149,14 +149,15 @@ def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:
     return True
 
 
-def _normalizes_channels(module: QGraphModule, weighted: fx.Node) -> bool:
+def _normalizes_channels(module: QGraphModule, weighted: fx.Node, norm: fx.Node) -> bool:
     """Whether the axis that a batch norm goes by, the second one, is that of a layer's output channels.
 
     Of a linear layer's results that depends on their rank, so the graph gets a check of it.
     """
     op = operator_of(weighted)
     rank = 2 if op is LINEAR else 2 + (CONV.index(op) if op in CONV else CONV_TRANSPOSE.index(op)) + 1
-    example = weighted.meta.get("example")
+    # A norm's result has the shape of what it reads, which may come of a rewrite, and have no example yet.
+    example = norm.meta.get("example", weighted.meta.get("example"))
     if example is not None and len(example.shape) != rank:
         return False
     if rank > 3:  # Norms of images take batches only.
