@@ -10,6 +10,7 @@ from torch import fx, nn
 from qcore.backend_config import BackendConfig
 from qcore.errors import ConfigError, TrainingModeError
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
+from qcore.fx.graph_module import modules_of
 from qcore.fx.names import hidden_attributes
 from qcore.fx.parts import why_unsuitable
 from qcore.fx.resolve import Resolver
@@ -148,8 +149,8 @@ def check_mode(model: nn.Module) -> None:
     Raises:
         TrainingModeError: names the modules.
     """
-    training = [path or "the model itself" for path, module in model.named_modules() if module.training]
-    if training:
+    if any(module.training for module in modules_of(model)):
+        training = [path or "the model itself" for path, module in model.named_modules() if module.training]
         listed = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
         raise TrainingModeError(
             f"post-training quantization needs a model in evaluation mode; in training mode are: {listed}. "

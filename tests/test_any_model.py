@@ -491,7 +491,7 @@ def test_a_forward_that_keeps_values_for_later_is_no_graph():
     model = Remembers()
     prepared = prepared_for(model, (torch.randn(2, 4),))
     (python,) = qcore.explain(prepared).python
-    assert python.reason == "it keeps a value of this call in Remembers.last for later calls"
+    assert python.reason == "it keeps a value of this call in Remembers.calls for later calls"
     assert model.calls == prepared.calls == 0 and not hasattr(model, "last") and not hasattr(prepared, "last")
     prepared(torch.ones(2, 4))
     assert torch.equal(prepared.last[0], torch.full((2, 4), 2.0))

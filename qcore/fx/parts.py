@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from qcore.errors import TraceError
 from qcore.fx.costs import module_weights
 from qcore.fx.forms import MODULES, PASSING
-from qcore.fx.graph_module import PARTIAL, FloatFallback, QGraphModule, submodule
+from qcore.fx.graph_module import PARTIAL, FloatFallback, QGraphModule, modules_of, submodule
 from qcore.fx.guard import aside, draws
 from qcore.fx.names import own_names
 from qcore.fx.runs import Runs
@@ -474,6 +474,8 @@ def why_unsuitable(model: nn.Module) -> list[str]:
     """Why a model isn't one to prepare."""
     if isinstance(model, torch.jit.ScriptModule):
         return [f"model: {NO_PYTHON}; give the module that it was scripted or traced from"]
+    if not any(isinstance(m, (FloatFallback, QGraphModule)) or PARTIAL in vars(m) for m in modules_of(model)):
+        return _lazy_parameters(model)
     problems = []
     for path, module in model.named_modules():
         at = f"its module {path!r}" if path else "it"
@@ -484,12 +486,14 @@ def why_unsuitable(model: nn.Module) -> list[str]:
             problems.append(
                 f"model: {at} is a {preparation.stage} model already; give the float model, and prepare it as a whole"
             )
-    lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
-    if lazy:
-        problems.append(
-            f"model: its parameter {lazy[0]!r} isn't initialized yet; run the model once, and load its weights"
-        )
-    return problems
+    return problems + _lazy_parameters(model)
+
+
+def _lazy_parameters(model: nn.Module) -> list[str]:
+    if not any(is_lazy(p) for m in modules_of(model) for p in m._parameters.values() if p is not None):
+        return []
+    name = next(name for name, tensor in model.named_parameters() if is_lazy(tensor))
+    return [f"model: its parameter {name!r} isn't initialized yet; run the model once, and load its weights"]
 
 
 def keep_to_operators(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ from qcore.fx.graph_module import (
 from qcore.fx.guard import guarded
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
-from qcore.fx.left_alone import left_alone
+from qcore.fx.kept_state import refuse_state
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
 from qcore.fx.real_calls import shares_memory
 from qcore.fx.roots import Root, Source
@@ -485,15 +485,17 @@ def trace(
         tensors.append(shared(tensor))
         return tensors[-1]
 
-    twin = twin_of(model, counterpart)
+    twins: dict[int, Any] = {}
+    twin = twin_of(model, counterpart, twins)
     tracer = NormalFormTracer(leaf_names, leaf_classes, signature, examples, path, calls)
     places = Source(model if source is None else source, model, copies or Copies())
     tracer.leaf = places.leaf
     try:
-        with guarded(tensors) as guard, left_alone(twin):
+        with guarded(tensors) as guard:
             graph = tracer.trace(twin)
             if guard.draws:
                 raise UndecidableError("it draws random numbers, which a graph would hold as constants")
+        refuse_state(model, twins)
         harmless = is_harmless(graph, tracer.leaf)
         drop_unread(graph)
         for node in list(graph.nodes):
