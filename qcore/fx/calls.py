@@ -97,16 +97,13 @@ def _converted(module: "QGraphModule", forward: Callable[..., Any]) -> Callable[
 
 def _in_float(module: "QGraphModule", forward: Callable[..., Any]) -> Callable[..., Any]:
     assert module.preparation is not None
-    straight = forward
-    if module.preparation.stage == "reference":
-        from qcore.fx.gradients import straight_through
-
-        straight = straight_through(module)
+    is_reference = module.preparation.stage == "reference"
+    vars(module).pop("_straight", None)  # Made of another graph.
 
     @functools.wraps(forward)
     def checked(self: "QGraphModule", *args: Any, **kwargs: Any) -> Any:
         has_derivatives = (torch.is_grad_enabled() or ops.in_forward_mode()) and not is_exporting()
-        run = straight if has_derivatives else forward
+        run = _straight(self) if is_reference and has_derivatives else forward
         if is_dynamo_compiling():
             return run(self, *args, **kwargs)
         try:
@@ -116,6 +113,21 @@ def _in_float(module: "QGraphModule", forward: Callable[..., Any]) -> Callable[.
             raise
 
     return checked
+
+
+def _straight(module: "QGraphModule") -> Callable[..., Any]:
+    """The forward for calls that need gradients, made when there is the first such call."""
+    found: Callable[..., Any] | None = module.__dict__.get("_straight")
+    if found is not None:
+        return found
+    if is_dynamo_compiling():
+        from qcore.replay.apart import apart
+
+        return apart(_straight, module)  # type: ignore[no-any-return]
+    from qcore.fx.gradients import straight_through
+
+    made = module.__dict__["_straight"] = straight_through(module)
+    return made
 
 
 def _explain(

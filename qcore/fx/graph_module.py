@@ -83,7 +83,7 @@ PARTIAL = "_qcore_partial"
 REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 #: Attributes that a converted module gets, beside those that every QGraphModule has from the start.
-LATER_ATTRIBUTES = ("_executor", "_wrapped", "_call_of_raw", "_in_spec", "_out_spec")
+LATER_ATTRIBUTES = ("_executor", "_straight", "_wrapped", "_call_of_raw", "_in_spec", "_out_spec")
 
 
 class QGraphModule(fx.GraphModule):

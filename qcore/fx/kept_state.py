@@ -1,4 +1,4 @@
-"""What a traced forward leaves on its modules: a value of the graph, or a count, is state, which a graph wouldn't keep."""
+"""What a traced forward leaves on its modules: values of the graph, and counts, are state, which a graph can't keep."""
 
 from collections.abc import Mapping
 from typing import Any
