@@ -1,6 +1,7 @@
 """Compilers, exporters, tracers and torch.func meet a converted model: the right bits, or an error that says why."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import qcore
 from qcore.errors import NotSupportedError
 from qcore.kernel import KernelModule
+
+#: In the environment without torch.ao; torch's own inductor and ``jit.trace`` import it.
+TORCH_AO_IS_BLOCKED = bool(os.environ.get("QCORE_TESTS_BLOCK_TORCH_AO"))
 
 REFERENCE = r"Take\s.*the reference model.*convert_to_reference_fx"
 
@@ -150,6 +154,7 @@ def test_a_larger_model_is_compiled_around_any_number_of_them(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(TORCH_AO_IS_BLOCKED, reason="torch's inductor imports torch.ao")
 @torch.no_grad()
 def test_inductor_gives_the_same_bits(converted: tuple[nn.Module, Tensor]) -> None:
     model, x = converted
@@ -221,7 +226,6 @@ def dual(model: nn.Module, x: Tensor) -> Any:
 
 REFUSED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "torch.export": lambda model, x: torch.export.export(model, (x,)),
-    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x),
     "torch.jit.script": lambda model, x: torch.jit.script(model),
     "make_fx": lambda model, x: make_fx(model)(x),
     "make_fx, fake": lambda model, x: make_fx(model, tracing_mode="fake")(x),
@@ -234,6 +238,8 @@ REFUSED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "forward-mode differentiation": dual,
     "the meta device": lambda model, x: copy.deepcopy(model).to("meta")(x.to("meta")),
 }
+if not TORCH_AO_IS_BLOCKED:
+    REFUSED["torch.jit.trace"] = lambda model, x: torch.jit.trace(model, x)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.(trace|script). is deprecated:FutureWarning")
