@@ -119,11 +119,6 @@ def _trace_error(reason: str) -> TraceError:
     return TraceError(reason, "", None, reason)
 
 
-def lacks_examples(traced: fx.GraphModule) -> bool:
-    """Whether a pass made nodes of which nothing is noted."""
-    return any("example" not in node.meta and "origin" in node.meta for node in traced.graph.nodes)
-
-
 def difference(expected: Any, found: Any) -> str:
     """How two results differ; empty if they are the same to the last bit."""
     wanted, spec = pytree.tree_flatten(expected)
