@@ -240,7 +240,7 @@ def test_groups_are_merged_where_that_is_faster_and_exact():
         model.weight.data[:, large] = 0.5
         reason, apart, converted = convert(nn.Sequential(model), x)
         (kernel,) = [module for module in converted.modules() if isinstance(module, kernels.QConv)]
-        assert not reason and apart <= 1.01 and kernel.merged == merged
+        assert not reason and apart <= 1.01 and kernel.merging() == merged
     _, _, converted = convert(nn.Sequential(nn.Conv2d(20, 20, 3, groups=20)), x)
     (kernel,) = [module for module in converted.modules() if isinstance(module, kernels.QConv)]
-    assert kernel.merged == 1
+    assert kernel.merging() == 1
