@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import qcore
 from qcore import errors
-from qcore.fx.names import free_target, is_free
+from qcore.fx.names import free_target, is_free, own_names
 
 
 def converted_linear():
@@ -509,3 +509,26 @@ def test_what_is_shared_stays_shared_and_right(stays_python, installed_backend):
     with torch.no_grad():
         assert torch.equal(other(x), prepared(x))
         assert torch.equal(qcore.convert_fx(other)(x), converted(x))
+
+
+@torch.no_grad()
+def test_what_other_libraries_give_to_every_module_hides_nothing(monkeypatch):
+    """As transformers does."""
+
+    class Decides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x) if float(x.sum()) > 0 else self.linear(-x)
+
+    monkeypatch.setattr(nn.Module, "given_by_another_library", lambda self: None, raising=False)
+    own_names.cache_clear()
+    try:
+        prepared = qcore.prepare_fx(
+            Decides().eval(), qcore.get_default_qconfig_mapping("reference"), (torch.ones(2, 4),)
+        )
+        assert qcore.explain(prepared).parts == ("linear",)
+    finally:
+        own_names.cache_clear()

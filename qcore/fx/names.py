@@ -20,7 +20,8 @@ _OF_MODULES = frozenset(dir(nn.Module()))
 @functools.cache
 def own_names() -> frozenset[str]:
     """The attributes that every GraphModule of qcore's has, and other modules don't."""
-    return frozenset((*dir(QGraphModule.of(nn.Module(), fx.Graph())), *LATER_ATTRIBUTES)) - _OF_MODULES
+    made = frozenset((*dir(QGraphModule.of(nn.Module(), fx.Graph())), *LATER_ATTRIBUTES)) - _OF_MODULES
+    return made.difference(dir(nn.Module))  # Other libraries give it attributes of their own.
 
 
 def can_be_preserved(name: str) -> bool:

@@ -409,7 +409,7 @@ def _hidden_attributes(module: nn.Module) -> list[str]:
     """What the model around a module could read of it, and not of a graph in its place; tensors and modules move."""
     if isinstance(module, fx.GraphModule):
         return []
-    spaces = (plain_attributes(module), *(vars(base) for base in type(module).__mro__))
+    spaces = (plain_attributes(module), *(vars(base) for base in type(module).__mro__ if base is not nn.Module))
     names = [name for name in sorted(own_names()) if not name.startswith("__")]  # Python's own are read of the class.
     return [name for name in names if any(name in space for space in spaces)]
 
