@@ -8,7 +8,7 @@ from torch import nn
 
 from qcore.errors import CalibrationError, ConfigError
 from qcore.fx.batches import ANY_FORM, CallForm
-from qcore.fx.graph_module import partial_preparation, preparations
+from qcore.fx.record import host_of, record_of, records
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -50,8 +50,7 @@ def calibrate(
 def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> CallForm:
     """The form of a call of ``prepared``, after all arguments were checked."""
     problems = []
-    parts, partial = preparations(prepared), partial_preparation(prepared)
-    stages = {preparation.stage for preparation in parts.values()} | ({partial.stage} if partial else set())
+    stages = {record.stage for record in records(prepared).values()}
     if "prepared" not in stages:
         found = f"a {stages.pop()} model" if stages else f"{type(prepared).__name__}, which isn't one"
         problems.append(f"prepared: calibrate needs what prepare_fx returned, found {found}")
@@ -65,5 +64,5 @@ def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> CallFor
             problems.append(f"{name}: expected a function, found {type(value).__name__}")
     if problems:
         raise ConfigError(problems)
-    whole = parts.get("", parts.get("model"))  # A model with a float one beside it is called "model".
-    return next((found.form for found in (whole, partial) if found is not None and found.form is not None), ANY_FORM)
+    record = record_of(host_of(prepared))
+    return ANY_FORM if record is None else record.settings.form

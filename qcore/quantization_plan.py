@@ -6,8 +6,8 @@ returns it, and printing it shows a table.
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qcore.backend_config import DTypeConfig
 from qcore.dtypes import dtype_name
@@ -56,7 +56,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
+class QParamsSpec:
     """One set of qparams: the observer that finds them, with the range that all who read and write them can take.
 
     Attributes:
@@ -84,26 +84,28 @@ class Observation:
 
     Attributes:
         value: name of the node whose output it watches.
-        tensor: which qparams it finds; the same number at several places means the same observer.
+        qparams: which it finds, by number; the same number at several places means the same observer.
         readers: the nodes that read the quantized value; ``None`` means all.
     """
 
     value: str
-    tensor: int
+    qparams: int
     readers: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class WeightQuantization:
-    """How one operator's weight is quantized.
+    """How one weight of an operator is quantized.
 
     Attributes:
         node: name of the operator's node.
-        tensor: the observer that finds its qparams.
+        argument: position of the weight among its arguments.
+        spec: of its qparams.
     """
 
     node: str
-    tensor: QuantizedTensor
+    argument: int
+    spec: QParamsSpec
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,14 @@ class QuantizationPlan:
     Attributes:
         backend: name of the backend that the plan is made for.
         decisions: one for each operator or chain, in the order of execution.
-        tensors: the sets of qparams, by number.
+        qparams: the sets of qparams, by number.
         observations: where observers stand, in the order of execution.
         shared: nodes whose output has the qparams of their input, with the number of those.
         absorbed: clamps that the quantize after them makes needless, with the node whose output is quantized there.
         weights: the weights to quantize.
         dynamic: operators whose input takes its qparams at run time, with the range of the integers.
-        observers: names of the observers in the prepared model, by number of the qparams.
-        notes: what came up later, such as NaN in calibration.
+        observers: names of the observers in the prepared model, by number of the qparams; in what ``explain`` gives.
+        notes: what came up later, such as NaN in calibration; likewise.
         parts: paths of the modules that are graphs; empty if the whole model is one.
         python: the modules that stay Python.
         other_weights: weights that no decision speaks of, as what reads them stays Python.
@@ -157,7 +159,7 @@ class QuantizationPlan:
 
     backend: str
     decisions: tuple[Decision, ...]
-    tensors: tuple[QuantizedTensor, ...] = ()
+    qparams: tuple[QParamsSpec, ...] = ()
     observations: tuple[Observation, ...] = ()
     shared: Mapping[str, int] = field(default_factory=dict)
     absorbed: Mapping[str, str] = field(default_factory=dict)
@@ -193,18 +195,6 @@ class QuantizationPlan:
         """
         total = sum(decision.weights for decision in self.decisions) + self.other_weights
         return sum(decision.weights for decision in self.quantized) / total if total else 1.0
-
-    def with_kernels(self, kernels: Mapping[str, str], declined: Mapping[str, str]) -> "QuantizationPlan":
-        """The plan with what lowering did: kernels, and reasons where it had none, by a chain's first node."""
-        decisions = tuple(
-            replace(
-                decision,
-                kernel=kernels.get(decision.nodes[0], ""),
-                reason=declined.get(decision.nodes[0], decision.reason),
-            )
-            for decision in self.decisions
-        )
-        return replace(self, decisions=decisions)
 
     def summary(self) -> str:
         """One line: how many operators went to integers, and how many stayed float for which reason."""
@@ -249,33 +239,26 @@ class QuantizationPlan:
         )
 
 
-def joined_plan(
-    plans: Mapping[str, QuantizationPlan],
-    idle: Mapping[str, QuantizationPlan],
-    python: Sequence[PythonModule],
-    calls: Sequence[Decision],
-    other_weights: int,
-) -> QuantizationPlan:
-    """The plan of a model of which only parts are graphs.
+def joined_plan(plans: Mapping[str, QuantizationPlan]) -> QuantizationPlan:
+    """The plan of a model, of those of its graphs and that of what stays Python around them.
 
     Args:
-        plans: of the parts, by path in the model.
-        idle: of modules that could be parts, but in which nothing is quantized.
-        python: the modules that stay Python.
-        calls: decisions for what they call.
-        other_weights: of them.
+        plans: by path in the model.
 
     Returns:
-        A plan to read, not to carry out: its qparams stay with the parts.
+        The only one if there is one; else one to read, not to carry out: its qparams stay with the graphs.
     """
-    every = [*plans.values(), *idle.values()]
+    if len(plans) == 1:
+        return next(iter(plans.values()))
+    graphs = {path: plan for path, plan in plans.items() if not plan.python}
+    every = [*graphs.values(), *(plan for plan in plans.values() if plan.python)]
     return QuantizationPlan(
-        backend=next((plan.backend for plan in every), ""),
-        decisions=(*(decision for plan in every for decision in plan.decisions), *calls),
-        notes=tuple(f"{path}: {note}" for path, plan in plans.items() for note in plan.notes),
-        parts=tuple(plans),
-        python=tuple(python),
-        other_weights=other_weights,
+        backend=every[0].backend,
+        decisions=tuple(decision for plan in every for decision in plan.decisions),
+        notes=tuple(f"{path}: {note}" for path, plan in graphs.items() for note in plan.notes),
+        parts=tuple(graphs),
+        python=tuple(module for plan in every for module in plan.python),
+        other_weights=sum(plan.other_weights for plan in every),
     )
 
 

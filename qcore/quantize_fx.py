@@ -23,21 +23,24 @@ from qcore.fx.batches import CallForm
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
-from qcore.fx.graph_module import (
-    PARTIAL,
-    FloatFallback,
-    PartialPreparation,
-    QGraphModule,
-    partial_preparation,
-    preparations,
-    submodule,
-)
+from qcore.fx.graph_module import QGraphModule, submodule
 from qcore.fx.hooks import compute_weights, makers_of_weights
 from qcore.fx.names import hidden_attributes
 from qcore.fx.parts import Parts, find_parts, keep_to_operators, why_unsuitable
-from qcore.fx.patterns import config_problems
+from qcore.fx.patterns import config_problems, module_classes
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
+from qcore.fx.record import (
+    RECORD,
+    FloatFallback,
+    Record,
+    Settings,
+    Stage,
+    host_of,
+    plan_of,
+    record_of,
+    records,
+)
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import trace
@@ -46,7 +49,7 @@ from qcore.migration import missing_from
 from qcore.plugins.backend import Backend
 from qcore.plugins.manager import REFERENCE, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
-from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan, joined_plan
+from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
 
 OnUnsupported = Literal["error", "warn", "ignore"]
 
@@ -117,48 +120,41 @@ def prepare_fx(
     config = backend_config if backend_config is not None else chosen.backend_config()
 
     args, kwargs = _call(example_inputs)
-    form = CallForm.of(model, args, kwargs)
+    settings = Settings(
+        chosen.name, config, backend_config is not None and backend is None, CallForm.of(model, args, kwargs)
+    )
     kwargs = {**kwargs, **(concrete_args or {})}
     if tracer is not None:
         model = _traced_by(tracer, model, concrete_args)
         kwargs = {name: value for name, value in kwargs.items() if name not in (concrete_args or {})}
-    is_custom_config = backend_config is not None and backend is None
     its_own = ("qcore_fusion_patterns", *(("qcore_backend_config",) if backend_config is None else ()))
+    leaf_classes = (*custom.non_traceable_module_classes, *module_classes(config))
     with garbage_left_alone(), chosen.answers_for(*its_own):
         with comparable():
             found = find_parts(
-                model, args, kwargs, custom.non_traceable_module_names, custom.non_traceable_module_classes
+                model, args, kwargs, custom.non_traceable_module_names, leaf_classes, custom.preserved_attributes
             )
         preparer = Preparer(
-            resolver, request.traits, chosen.name, chosen.fusion_patterns(), chosen.observers(), config,
-            is_custom_config, custom.preserved_attributes, found.copies,
-        )  # fmt: skip
+            resolver, request.traits, settings, chosen.fusion_patterns(), chosen.observers(), found.copies
+        )
         prepared = {path: preparer.prepare(part) for path, part in found.parts.items()}
         found.copies.make_as_new()
     unmatched = resolver.unmatched_orders(found.calls)
     if unmatched:
         raise ConfigError(unmatched)
-    python_decisions = preparer.decide_python(model, found)
+    around = preparer.plan_around(model, found)
     _report(preparer.broken_requests(), on_unsupported)
     _warn_of_unmatched_types(resolver, model, found, on_unsupported)
     is_empty = not (preparer.quantizes_anything or preparer.broken_requests())
     if is_empty and mapping.asks_for_quantization:
-        decisions = [*python_decisions, *(d for plan in preparer.plans.values() for d in plan.decisions)]
+        decisions = [d for plan in (around, *preparer.plans.values()) for d in plan.decisions]
         _report_empty(model, found.python, decisions, on_unsupported)
-    if "" in prepared:
-        preparation = prepared[""].preparation
-        assert preparation is not None
-        result: nn.Module = prepared[""].with_preparation(replace(preparation, form=form))
-    else:
-        idle = {path: plan for path, plan in preparer.plans.items() if not plan.quantized}
-        used: dict[int, Any] = {
-            id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle
-        }
-        result = twin_of(model, found.copies, used)
+    idle = preparer.idle(found)
+    graphs = {id(found.parts[path].module): graph for path, graph in prepared.items() if path not in idle}
+    result = twin_of(model, found.copies, dict[int, Any](graphs))
+    if record_of(result) is None:
         keep_to_operators(result)
-        result.__dict__[PARTIAL] = PartialPreparation(
-            "prepared", found.python, idle, python_decisions, found.other_weights, form
-        )
+        vars(result)[RECORD] = Record("prepared", settings, around)
     for part in found.parts.values():
         part.forget()
     found.copies.forget()
@@ -198,8 +194,8 @@ def convert_fx(
         references, memo = _references(
             graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config
         )
-        converted = {path: _lowered(reference) for path, reference in references.items()}
-        return _with_parts(graph_module, converted, "converted", memo)
+        converted = {prepared: _lowered(reference) for prepared, reference in references.items()}
+        return _with_graphs(graph_module, converted, "converted", memo)
 
 
 def convert_to_reference_fx(
@@ -219,7 +215,7 @@ def convert_to_reference_fx(
         references, memo = _references(
             graph_module, convert_custom_config, _remove_qconfig, qconfig_mapping, backend_config
         )
-        return _with_parts(graph_module, references, "reference", memo)
+        return _with_graphs(graph_module, references, "reference", memo)
 
 
 def fuse_fx(
@@ -288,32 +284,30 @@ def explain(model: nn.Module) -> QuantizationPlan:
     Raises:
         ConfigError: the model wasn't made by qcore.
     """
-    plans = {path: preparation.plan for path, preparation in preparations(model).items()}
-    partial = partial_preparation(model)
-    if not plans and partial is None:
+    found = records(model)
+    if not found:
         raise ConfigError(f"explain needs a model that prepare_fx or convert_fx returned, found {type(model).__name__}")
-    if partial is None:
-        return next(iter(plans.values()))
-    return joined_plan(plans, partial.idle, partial.python, partial.decisions, partial.other_weights)
+    return plan_of(found)
 
 
 def _lowered(reference: QGraphModule) -> nn.Module:
-    preparation = reference.preparation
-    assert preparation is not None
-    if preparation.is_custom_config:
+    record = record_of(reference)
+    assert record is not None
+    if record.settings.is_custom_config:
         return reference
-    return get_available_backend(preparation.backend).lower(reference)
+    return get_available_backend(record.settings.backend).lower(reference)
 
 
-def _with_parts(model: nn.Module, new: Mapping[str, nn.Module], stage: str, memo: dict[int, Any]) -> nn.Module:
-    """A copy of a prepared model with its parts replaced; what is replaced isn't copied."""
-    if "" in new:
-        return new[""]
-    memo.update({id(submodule(model, path)): part for path, part in new.items()})
+def _with_graphs(
+    model: nn.Module, new: Mapping[QGraphModule, nn.Module], stage: Stage, memo: dict[int, Any]
+) -> nn.Module:
+    """A copy of a prepared model with other modules in the place of its graphs; what is replaced isn't copied."""
+    memo.update({id(graph): module for graph, module in new.items()})
     result = twin_of(model, memo=memo)
-    inner = result.model if isinstance(result, FloatFallback) else result
-    if PARTIAL in inner.__dict__:
-        inner.__dict__[PARTIAL] = replace(inner.__dict__[PARTIAL], stage=stage)
+    host = host_of(result)
+    record = record_of(host)
+    if record is not None and record.stage == "prepared":
+        vars(host)[RECORD] = replace(record, stage=stage)
     return result
 
 
@@ -361,52 +355,54 @@ def _references(
     remove_qconfig: bool,
     mapping: QConfigMapping | None,
     backend_config: BackendConfig | None,
-) -> tuple[dict[str, QGraphModule], dict[int, Any]]:
-    """The reference model of every part, by path, and the memo of what was copied for them."""
+) -> tuple[dict[QGraphModule, QGraphModule], dict[int, Any]]:
+    """The reference model of every prepared graph, and the memo of what was copied for them."""
     custom = checked_convert_config(custom)
-    parts = preparations(prepared)
-    other = next((p.stage for p in parts.values() if p.stage != "prepared"), None)
-    if other is not None or not (parts or partial_preparation(prepared)):
+    found = records(prepared)
+    other = next((record.stage for record in found.values() if record.stage != "prepared"), None)
+    if other is not None or not found:
         stage = f"a {other} model" if other else type(prepared).__name__
         raise ConfigError(f"convert_fx needs what prepare_fx returned, found {stage}")
     if not remove_qconfig:
         raise NotSupportedError("_remove_qconfig=False: no module of a prepared model carries a qconfig; see explain()")
     if mapping is not None:
         raise NotSupportedError("convert_fx(qconfig_mapping=...) isn't supported yet; give the mapping to prepare_fx")
+    host = host_of(prepared)
+    wanted = custom.preserved_attributes if custom is not None else []
+    if missing := [name for name in wanted if not hasattr(host, name)]:
+        raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
     references, memo = {}, dict[int, Any]()
     empty: list[CalibrationError] = []
-    for path, preparation in parts.items():
-        if backend_config is not None and backend_config != preparation.backend_config:
+    for path, record in found.items():
+        own = record.settings
+        if backend_config is not None and backend_config != own.backend_config:
             raise ConfigError(
                 f"convert_fx got another backend_config ({backend_config!r}) than prepare_fx "
-                f"({preparation.backend_config!r}); leave it out: the model remembers the one it was prepared with"
+                f"({own.backend_config!r}); leave it out: the model remembers the one it was prepared with"
             )
-        if custom is not None and len(parts) == 1 and not path:
-            names = tuple(dict.fromkeys((*preparation.preserved, *custom.preserved_attributes)))
-            missing = [name for name in names if not hasattr(prepared, name)]
-            if missing:
-                raise ConfigError(f"ConvertCustomConfig preserves {missing}, which the prepared model doesn't have")
-            if hidden_attributes(names):
-                raise ConfigError(hidden_attributes(names))
-            preparation = replace(preparation, preserved=names)
-        kernels = get_available_backend(preparation.backend).observers()
+        graph = submodule(host, path)
+        if not isinstance(graph, QGraphModule):
+            continue  # A host has all its attributes.
+        if graph is host:
+            if hidden := hidden_attributes(wanted):
+                raise ConfigError(hidden)
+            record = replace(record, preserved=tuple(dict.fromkeys((*record.preserved, *wanted))))
         try:
-            part = submodule(prepared, path)
-            assert isinstance(part, QGraphModule)
-            references[path] = convert_to_reference(part, preparation, kernels, memo)
+            stand_ins = get_available_backend(own.backend).observers()
+            references[graph] = convert_to_reference(graph, record, stand_ins, memo)
         except CalibrationError as error:
             empty.append(error)
     if empty:
-        raise _joined_calibration_error(empty, list(parts))
+        raise _joined_calibration_error(empty, len(references) + len(empty))
     return references, memo
 
 
-def _joined_calibration_error(errors: list[CalibrationError], paths: list[str]) -> CalibrationError:
+def _joined_calibration_error(errors: list[CalibrationError], graphs: int) -> CalibrationError:
     if len(errors) == 1:
         return errors[0]
     messages = "\n".join(f"  - {error}" for error in errors[:5])
     return CalibrationError(
-        f"{len(errors)} of the model's {len(paths)} parts weren't calibrated:\n{messages}",
+        f"{len(errors)} of the model's {graphs} parts weren't calibrated:\n{messages}",
         [name for error in errors for name in error.observers],
     )
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from qcore.broadcast import factors
+from qcore_torch_kernels.broadcast import factors
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -17,7 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcore
 from qcore.errors import NotSupportedError
-from qcore.kernel import KernelModule
 
 #: In the environment without torch.ao; torch's own inductor and ``jit.trace`` import it.
 TORCH_AO_IS_BLOCKED = bool(os.environ.get("QCORE_TESTS_BLOCK_TORCH_AO"))

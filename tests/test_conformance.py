@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.float_kernel import FloatKernel
+from qcore_torch_kernels.graph import lower
+from qcore_torch_kernels.kernel import KernelModule
 from torch import nn
 
 from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints
@@ -18,8 +21,7 @@ from qcore.dtypes import QScheme
 from qcore.fx import operators as op
 from qcore.fx.fuse import BATCH_NORM_FUSIONS
 from qcore.fx.sharing import sharing_patterns
-from qcore.kernel import KernelModule
-from qcore.lowering import FloatKernel, LoweringRule, lower_with_rules
+from qcore.lowering import LoweringRule
 from qcore.observer import HistogramObserver, PerChannelMinMaxObserver
 from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
 from qcore.qconfig import QConfig
@@ -139,7 +141,7 @@ class Toy:
         return [LoweringRule(operator, self.kernel) for operator in (*WEIGHTED, *UNWEIGHTED, op.CLAMP, *op.MAX_POOL)]
 
     def lower(self, model):
-        return lower_with_rules(model, self.rules(), enter=self.enter, leave=self.leave)
+        return lower(model, self.rules(), enter=self.enter, leave=self.leave)
 
     def mapping(self, version):
         weight = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)

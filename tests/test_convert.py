@@ -13,7 +13,7 @@ from torch import nn
 import qcore
 from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
 from qcore.fx.graph_module import get_attribute
-from qcore.kernel import QParams
+from qcore.lowering import QParams
 
 WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
 MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))

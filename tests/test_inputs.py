@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor, nn
 
 import qcore
 from qcore import ops
 from qcore.errors import DtypeError, GuardError, NotSupportedError, QcoreError
-from qcore.kernel import KernelModule
 
 EXACT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 OTHERS = pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool])

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from qcore_torch_kernels.kernel import with_batch
 
 import qcore
 from qcore import errors
-from qcore.kernel import with_batch
 
 
 def test_a_kernel_that_takes_batches_takes_one_without():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from qcore_torch_kernels.lookup import LookupKernel
 from torch import Tensor
-
-from qcore.lookup import LookupKernel
 
 
 class InPieces(LookupKernel):

@@ -43,7 +43,7 @@ UNWRITABLE = ["0", "12", "a-b", "a b", 'a"b', "a'b", "a\\b", "a\nb", "größe", 
 OF_TORCH = sorted({*dir(nn.Module()), *dir(converted_linear())} - {"training"})
 EVERY_NAME = list(dict.fromkeys((*OF_QCORE, *UNWRITABLE, *OF_TORCH)))
 HOSTILE = [*OF_QCORE, "class", "12", 'a"b', "ﬁ", "type", "forward", "_modules", "T_destination", "__class__"]
-HOSTILE += ["code", "graph", "meta", "recompile", "of", "finish", "add_submodule", "preparation", "_is_raw"]
+HOSTILE += ["code", "graph", "meta", "recompile", "of", "finish", "add_submodule", "wrap_calls", "_is_raw"]
 
 
 class Modules(nn.Module):
@@ -349,7 +349,7 @@ def test_a_preserved_attribute_is_the_users_and_changes_no_bit(names, installed_
                 assert again.get_submodule(called) is again.leaf
 
 
-@pytest.mark.parametrize("name", ["code", "graph", "meta", "preparation", "forward", "_modules"])
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "wrap_calls", "forward", "_modules"])
 def test_an_attribute_that_a_graph_would_hide_cant_be_preserved(name):
     model = Rich().eval()
     if not hasattr(model, name):

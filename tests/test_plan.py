@@ -248,9 +248,9 @@ def test_a_range_that_was_left_open_takes_the_kernel_s_bounds():
     prepared = prepare(LINEARS, shape=(2, 4), config=linear_config(DTypeConfig(narrow, torch.uint8, weight)))
     plan = qcore.explain(prepared)
     # The first output is read by a kernel that takes 0..127; the last one by nobody.
-    assert [(t.quant_min, t.quant_max, t.eps) for t in plan.tensors] == [(0, 127, 2**-12)] * 2 + [(0, 255, None)]
+    assert [(t.quant_min, t.quant_max, t.eps) for t in plan.qparams] == [(0, 127, 2**-12)] * 2 + [(0, 255, None)]
     assert (prepared.activation_post_process_1.quant_max, prepared.activation_post_process_1.eps) == (127, 2**-12)
-    assert [(w.tensor.quant_min, w.tensor.quant_max) for w in plan.weights] == [(-64, 63)] * 2
+    assert [(w.spec.quant_min, w.spec.quant_max) for w in plan.weights] == [(-64, 63)] * 2
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_what_no_dtype_config_can_read_is_refused_and_leaves_its_producer_alone(
     with pytest.warns(qcore.errors.UnsupportedQConfigWarning, match=problem):
         plan = qcore.explain(prepare(network, mapping, config=made))
     assert [d.quantized for d in plan.decisions] == [True, False]
-    assert [t.quant_max for t in plan.tensors] == [255, 255]
+    assert [t.quant_max for t in plan.qparams] == [255, 255]
 
 
 def test_fixed_qparams_come_from_the_kernel():
@@ -352,7 +352,7 @@ def test_a_pattern_with_a_condition_goes_before_one_without():
     prepared = prepare(nn.Sequential(conv(), conv(groups=4)).eval(), config=made)
     plan = qcore.explain(prepared)
     assert [d.condition for d in plan.decisions] == ["", "depthwise"]
-    assert [t.quant_max for t in plan.tensors] == [255, 127, 255]
+    assert [t.quant_max for t in plan.qparams] == [255, 127, 255]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from qcore import errors
 from qcore.fx import operators as op
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.patterns import config_problems, pattern_problems
-from qcore.lowering import LoweringRule, lower_with_rules
+from qcore.fx.record import record_of
+from qcore.lowering import Lowered, LoweringRule, lower_with_rules
 from qcore.plugins import entry_points, hookspecs, manager, reference
 from qcore.plugins.answers import ANSWERS
 from qcore.plugins.backend import Backend
@@ -99,7 +100,7 @@ def test_without_lowering_the_reference_model_runs(install):
     install("toy", plugin())
     model = prepared("toy")
     model(*INPUTS)
-    assert qcore.convert_fx(model).preparation.stage == "reference"
+    assert record_of(qcore.convert_fx(model)).stage == "reference"
 
 
 def test_the_lowering_gets_the_reference_model_and_gives_the_result(install):
@@ -114,7 +115,7 @@ def test_the_lowering_gets_the_reference_model_and_gives_the_result(install):
             return self.model(x)
 
     def lower(model):
-        seen.append(model.preparation.stage)
+        seen.append(record_of(model).stage)
         return Compiled(model)
 
     install("toy", plugin(qcore_lower=lower))
@@ -157,7 +158,7 @@ def test_the_reference_backend_can_not_be_disabled(monkeypatch):
     names = [name for found in qcore.installed_backends() for name in (found.name, *found.aliases)]
     monkeypatch.setenv("QCORE_DISABLE_PLUGINS", ",".join(names))
     with pytest.warns(errors.QcoreWarning, match="'reference' can't be disabled"):
-        assert prepared().preparation.backend == "reference"
+        assert record_of(prepared()).settings.backend == "reference"
     assert manager.backend_names() == ["reference"]
 
 
@@ -199,7 +200,7 @@ def test_a_backend_that_this_machine_cannot_run_says_why(install):
 def test_no_backend_given_takes_the_one_whose_mapping_was_asked_for(install):
     install("toy", plugin())
     mapping = qcore.get_default_qconfig_mapping("toy").set_object_type(nn.ReLU, None)
-    assert qcore.prepare_fx(MODEL, mapping, INPUTS).preparation.backend == "toy"
+    assert record_of(qcore.prepare_fx(MODEL, mapping, INPUTS)).settings.backend == "toy"
 
 
 def test_no_backend_and_no_default_mapping_takes_the_best_available(install):
@@ -209,14 +210,14 @@ def test_no_backend_and_no_default_mapping_takes_the_best_available(install):
     install(
         "better", plugin("better", qcore_backend_info=lambda: better, qcore_probe=lambda: Availability(False, "no"))
     )
-    assert prepared().preparation.backend == "best"
+    assert record_of(prepared()).settings.backend == "best"
     assert qcore.get_default_qconfig_mapping().backend == "best"
 
 
 def test_a_broken_plugin_does_not_stop_the_choice_of_the_best(install, monkeypatch):
     monkeypatch.delitem(sys.modules, install("broken", None).module)
     with pytest.warns(errors.QcoreWarning, match="left out.*'broken'"):
-        assert prepared().preparation.backend != "broken"
+        assert record_of(prepared()).settings.backend != "broken"
 
 
 def test_a_backend_config_of_ones_own_goes_to_the_reference_backend(install):
@@ -224,8 +225,8 @@ def test_a_backend_config_of_ones_own_goes_to_the_reference_backend(install):
     config = qcore.BackendConfig("mine").set_backend_pattern_config(
         qcore.BackendPatternConfig(nn.Linear).add_dtype_config(qcore.DTypeConfig())
     )
-    preparation = prepared(backend_config=config).preparation
-    assert (preparation.backend, preparation.backend_config) == ("reference", config)
+    settings = record_of(prepared(backend_config=config)).settings
+    assert (settings.backend, settings.backend_config) == ("reference", config)
 
 
 def test_a_mapping_of_another_backend_is_pointed_out(install):
@@ -300,9 +301,9 @@ def test_two_distributions_of_one_backend_are_named_when_it_is_asked_for(install
     install("other", plugin("other"))
     with pytest.raises(errors.PluginError, match=r"qcore-toy 1.2.3.* and 'toy' .their-toy 1.2.3.*PLUGINS=their-toy"):
         prepared("toy")
-    assert prepared("other").preparation.backend == "other"
+    assert record_of(prepared("other")).settings.backend == "other"
     with pytest.warns(errors.QcoreWarning, match="left out.*qcore-toy.*their-toy"):
-        assert prepared().preparation.backend != "toy"
+        assert record_of(prepared()).settings.backend != "toy"
     monkeypatch.setenv("QCORE_DISABLE_PLUGINS", "their-toy")
     assert qcore.get_backend("toy").installed.distribution == "qcore-toy"
 
@@ -475,13 +476,13 @@ SLOPPY = [
     ("qcore_observers", lambda: {qcore.MinMaxObserver: Other()}, "for MinMaxObserver, which is no subclass"),
     ("qcore_default_qconfig_mapping", lambda version: {"": None}, "returned a dict, not a"),
     ("qcore_default_qconfig_mapping", lambda version: mapping(fail), "failed: ConfigError: .*boom"),
-    ("qcore_lower", lambda model: nn.Identity(), "isn't the one it was given: "),
-    ("qcore_lower", lambda model: Clamped(), "isn't the one it was given: its results differ"),
-    ("qcore_lower", lambda model: nn.Linear(4, 3), r"it gives torch.float32 .2, 3. where the reference gives"),
-    ("qcore_lower", lambda model: nn.Linear(3, 4), "doesn't run where the reference does: RuntimeError: mat1"),
-    ("qcore_lower", lambda model: nn.Bilinear(4, 4, 4), "doesn't run where the reference does: TypeError"),
-    ("qcore_lower", lambda model: nn.LSTM(4, 4), "its result is built otherwise"),
-    ("qcore_lower", lambda model: nn.Linear, "returned a type, not a torch"),
+    ("qcore_lower", lambda model: Lowered(nn.Identity()), "isn't the one it was given: "),
+    ("qcore_lower", lambda model: Lowered(Clamped()), "isn't the one it was given: its results differ"),
+    ("qcore_lower", lambda model: Lowered(nn.Linear(4, 3)), r"it gives torch.float32 .2, 3. where the reference gives"),
+    ("qcore_lower", lambda model: Lowered(nn.Linear(3, 4)), "doesn't run where the reference does: RuntimeError: mat1"),
+    ("qcore_lower", lambda model: Lowered(nn.Bilinear(4, 4, 4)), "doesn't run where the reference does: TypeError"),
+    ("qcore_lower", lambda model: Lowered(nn.LSTM(4, 4)), "its result is built otherwise"),
+    ("qcore_lower", lambda model: nn.Linear, "returned a type, not a qcore.lowering.lowered.Lowered"),
     ("qcore_lower", edits_graph, "changed the reference model that it was given"),
     ("qcore_lower", edits_tensor, "changed the reference model that it was given"),
     ("qcore_lower", edits_modules, "changed the reference model that it was given"),
@@ -575,7 +576,7 @@ def test_a_delegate_is_compared_with_the_reference_however_the_model_is_called(i
     call = (((INPUTS[0], INPUTS[0]),), {"scale": 2.0})
     for factor, expectation in ((1.0, contextlib.nullcontext()), (-1.0, pytest.raises(errors.LoweringError))):
         name = f"toy{int(factor) + 1}"
-        install(name, plugin(name, qcore_lower=lambda model, factor=factor: Delegate(model, factor)))
+        install(name, plugin(name, qcore_lower=lambda model, factor=factor: Lowered(Delegate(model, factor))))
         model = qcore.prepare_fx(Called().eval(), qcore.get_default_qconfig_mapping(name), call)
         model(*call[0], **call[1])
         with expectation:
@@ -609,7 +610,7 @@ def test_the_choice_of_a_default_goes_on_without_what_fails(install, choose, hoo
     install("sound", plugin("sound", qcore_backend_info=lambda: BackendInfo("sound", PLUGIN_API, priority=900)))
     with pytest.warns(errors.QcoreWarning, match=rf"left out.*'broken' \(qcore-broken 1.2.3\).*{hook}"):
         found = choose()
-    assert (found.preparation.backend if choose is prepared else found.backend) == "sound"
+    assert (record_of(found).settings.backend if choose is prepared else found.backend) == "sound"
     with pytest.raises(errors.PluginError, match=f"'broken'.*{hook}"):
         qcore.prepare_fx(MODEL, qcore.get_default_qconfig_mapping("broken"), INPUTS, backend="broken")
 
@@ -629,7 +630,7 @@ def test_the_choice_of_a_default_goes_on_without_what_cannot_be_loaded(on_disk, 
     on_disk("aa-broken", "broken = broken_module", module="broken_module", code=code)
     try:
         with pytest.warns(errors.QcoreWarning, match=rf"left out.*'broken' \(aa-broken 1.2.3\).*{message}"):
-            assert prepared().preparation.backend != "broken"
+            assert record_of(prepared()).settings.backend != "broken"
         with pytest.raises(errors.PluginError, match=message):
             prepared("broken")
         assert prepared("reference")

@@ -18,19 +18,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcore_torch_kernels.kernel import KernelModule
+from qcore_torch_kernels.replay import executor as executor_module
+from qcore_torch_kernels.replay import torchscript
+from qcore_torch_kernels.replay.executor import MAX_KINDS, Executor, look_again
+from qcore_torch_kernels.replay.recording import NotReplayableError, record
+from qcore_torch_kernels.replay.straight_line import as_function
+from qcore_torch_kernels.replay.torchscript import as_torchscript
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from qcore.errors import NotSupportedError
-from qcore.kernel import KernelModule
-from qcore.replay import executor as executor_module
-from qcore.replay import torchscript
-from qcore.replay.executor import MAX_FORMS, Executor, as_written, look_again
-from qcore.replay.recording import NotReplayableError, record
-from qcore.replay.straight_line import as_function
-from qcore.replay.torchscript import as_torchscript
+from qcore.fx.calls import as_written
 
 WAYS = pytest.mark.parametrize("way", [as_torchscript, as_function])
 
@@ -274,11 +275,11 @@ def test_strides_and_dtypes_are_part_of_a_form(scaled: tuple[Executor, Scale]) -
 @torch.no_grad()
 def test_ever_new_forms_are_not_recorded_for_ever(scaled: tuple[Executor, Scale]) -> None:
     executor, _ = scaled
-    for size in range(1, MAX_FORMS + 5):
+    for size in range(1, MAX_KINDS + 5):
         for _ in range(3):
             x = torch.randn(size, 3)
             assert torch.equal(executor(x), executor.forward(executor.module, x))
-    assert len(executor.programs) == MAX_FORMS
+    assert len(executor.programs) == MAX_KINDS
 
 
 def without_effect(executor: Executor, kernel: Scale) -> None:
@@ -322,7 +323,7 @@ def test_weights_with_equal_values_are_not_one() -> None:
     second.weight.add_(1)
     x = torch.randn(2, 3)
     assert torch.allclose(executor(x), second(first(x)))
-    assert executor.replayed_forms == 1
+    assert executor.replayed_kinds == 1
 
 
 @torch.no_grad()
@@ -337,7 +338,7 @@ def test_what_is_made_of_constants_is_made_at_each_call() -> None:
         assert [part.tolist() for part in found[1:]] == [[1, 1, 1], [2, 2, 2]]
         for part in found:
             part.add_(1)
-    assert executor.replayed_forms == 1
+    assert executor.replayed_kinds == 1
 
 
 def test_gradients_flow(scaled: tuple[Executor, Scale]) -> None:
@@ -461,7 +462,7 @@ def test_unknown_modules_run_from_python() -> None:
 
 FAULTS = """
 import resource, torch
-from qcore.replay.memory import keep_freed_memory
+from qcore_torch_kernels.replay.memory import keep_freed_memory
 {first}
 def use():
     blocks = [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(4)]
@@ -498,7 +499,7 @@ def test_memory_is_kept_from_the_first_recording_on(
     executor(x)
     assert not kept
     executor(x)
-    assert kept and executor.replayed_forms == 1
+    assert kept and executor.replayed_kinds == 1
 
 
 @torch.no_grad()
@@ -528,7 +529,7 @@ def test_a_call_is_recorded_only_when_the_first_of_its_form_is_over() -> None:
     assert not executor.programs
     may_go_on.set()
     thread.join()
-    assert torch.equal(executor(x), 2 * x) and executor.replayed_forms == 1
+    assert torch.equal(executor(x), 2 * x) and executor.replayed_kinds == 1
 
 
 @torch.no_grad()
@@ -564,7 +565,7 @@ def test_what_is_written_into_a_result_is_not_in_the_next() -> None:
         assert second.tolist() == [3, 7]
         first.add_(1)
         second.add_(100)
-    assert executor.replayed_forms == 1
+    assert executor.replayed_kinds == 1
 
 
 @torch.no_grad()
@@ -696,7 +697,7 @@ def test_recording_needs_no_compiler() -> None:
     import sys
 
     code = (
-        "import sys, torch; from qcore.replay.recording import record; x = torch.ones(2);"
+        "import sys, torch; from qcore_torch_kernels.replay.recording import record; x = torch.ones(2);"
         "record(lambda: x + 1, [x]); print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -742,7 +743,7 @@ def converted() -> tuple[nn.Module, Tensor, Tensor]:
     with torch.no_grad():
         for _ in range(3):
             result = found(x)
-    assert found.replayed_forms == 1
+    assert found.replayed_kinds == 1
     return found, x, result
 
 

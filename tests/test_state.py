@@ -10,10 +10,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.kernel import KernelModule
 from torch import nn
 
 import qcore
-from qcore.kernel import KernelModule, QParams
+from qcore.lowering import QParams
 
 IMAGE = (2, 4, 7, 9)
 

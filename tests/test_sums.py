@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from qcore_torch_kernels.kernel import KernelModule
+from qcore_torch_kernels.sums import could_overflow, largest_sums, why_inexact
 from torch import Tensor, nn
 
 import qcore
 from qcore.errors import LoweringError
-from qcore.kernel import KernelModule, QParams, QuantizedWeight
-from qcore.sums import could_overflow, largest_sums, why_inexact
+from qcore.lowering import QParams, QuantizedWeight
 from qcore.testing import steps_apart
 
 #: Products of 255 and 127 that int32 holds, and one more.

@@ -5,7 +5,7 @@ import torch
 from qcore.backend_config import DTypeConfig, DTypeWithConstraints
 from qcore.dtypes import dtype_name
 from qcore.qconfig import ObserverConstructor, ObserverTraits
-from qcore.quantization_plan import QuantizedTensor
+from qcore.quantization_plan import QParamsSpec
 
 
 def gives_float(dtype_config: DTypeConfig) -> bool:
@@ -36,14 +36,14 @@ def scale_bounds(constraints: DTypeWithConstraints) -> tuple[float | None, float
 
 def constrained(
     constructor: ObserverConstructor, traits: ObserverTraits, constraints: DTypeWithConstraints
-) -> QuantizedTensor:
+) -> QParamsSpec:
     """The qparams that an observer finds within a kernel's constraints; what the user left open, they fill in."""
     low, high = bounds_within(traits, constraints)
     fixed = traits.fixed
     if constraints.scale_exact_match is not None and constraints.zero_point_exact_match is not None:
         fixed = (constraints.scale_exact_match, constraints.zero_point_exact_match)
     eps, scale_max = scale_bounds(constraints)
-    return QuantizedTensor(constructor, traits, low, high, eps, fixed, scale_max)
+    return QParamsSpec(constructor, traits, low, high, eps, fixed, scale_max)
 
 
 def violation(side: str, traits: ObserverTraits, constraints: DTypeWithConstraints, fixes_count: bool) -> str | None:

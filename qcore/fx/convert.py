@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.errors import CalibrationError, CalibrationWarning, ConfigError
 from qcore.fx.graph_module import (
-    Preparation,
     QGraphModule,
     adopt,
     get_attribute,
@@ -24,38 +23,39 @@ from qcore.fx.graph_module import (
     place_for,
     set_tensor,
     submodule,
+    with_record,
 )
 from qcore.fx.names import free_target, is_free, qparams_targets
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.observe import observer_nodes
-from qcore.fx.operators import activation_inputs, operator_of
+from qcore.fx.operators import activation_inputs
+from qcore.fx.record import Record
 from qcore.fx.weights import FloatWeight, IntegerWeight, quantize_weights
 from qcore.observer import ObserverBase
-from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
+from qcore.quantization_plan import QParamsSpec
 
 
 def convert_to_reference(
     prepared: QGraphModule,
-    preparation: Preparation,
-    kernels: dict[type[ObserverBase], type[ObserverBase]],
+    record: Record,
+    stand_ins: dict[type[ObserverBase], type[ObserverBase]],
     memo: dict[int, Any],
 ) -> QGraphModule:
     """Replace every observer by quantize and dequantize, and every planned weight by integers.
 
     Args:
         prepared: after calibration; it isn't changed.
-        preparation: what ``prepare_fx`` settled.
-        kernels: the backend's implementations of observers, for the weights.
+        record: of it; what it preserves may be more than what ``prepare_fx`` did.
+        stand_ins: the backend's implementations of observers, for the weights.
         memo: of deepcopy; what the parts of a model share, their copies share.
 
     Raises:
         CalibrationError: some observers saw no data; names them.
         ConfigError: a weight holds NaN or infinity, or a scale is larger than a kernel takes.
     """
-    plan = preparation.plan
-    observers = {number: _observer(prepared, name) for number, name in plan.observers.items()}
-    _check_calibration(observers, plan)
-    return _Conversion(prepared, preparation, observers, kernels, memo).run()
+    observers = {number: _observer(prepared, name) for number, name in record.observers.items()}
+    _check_calibration(observers, record)
+    return _Conversion(prepared, record, observers, stand_ins, memo).run()
 
 
 def _observer(prepared: QGraphModule, name: str) -> ObserverBase:
@@ -64,12 +64,12 @@ def _observer(prepared: QGraphModule, name: str) -> ObserverBase:
     return observer
 
 
-def _check_calibration(observers: dict[int, ObserverBase], plan: QuantizationPlan) -> None:
-    empty = [plan.observers[number] for number, observer in observers.items() if not observer.has_data]
+def _check_calibration(observers: dict[int, ObserverBase], record: Record) -> None:
+    empty = [record.observers[number] for number, observer in observers.items() if not observer.has_data]
     if empty:
-        watched = {o.tensor: o.value for o in reversed(plan.observations)}
-        values = {name: watched[number] for number, name in plan.observers.items()}
-        counts = {plan.observers[number]: observer.nonfinite_count for number, observer in observers.items()}
+        watched = {o.qparams: o.value for o in reversed(record.plan.observations)}
+        values = {name: watched[number] for number, name in record.observers.items()}
+        counts = {record.observers[number]: observer.nonfinite_count for number, observer in observers.items()}
         seen = [f"{name} (output of {values[name]}){_only_nonfinite(counts[name])}" for name in empty]
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         what = "no finite data" if any(counts[name] for name in empty) else "no data"
@@ -94,27 +94,27 @@ def _all_qparams(observers: dict[int, ObserverBase]) -> dict[int, tuple[Tensor, 
     return {number: found[number] for number in observers}
 
 
-def weight_position(node: fx.Node) -> int:
-    """Which argument of an operator with a weight that is."""
-    op = operator_of(node)
-    assert op is not None and op.weight is not None
-    return op.weight
+def _source(reader: fx.Node, argument: int) -> fx.Node:
+    """The node that gives an argument."""
+    source = reader.args[argument]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 class _Conversion:
     def __init__(
         self,
         prepared: QGraphModule,
-        preparation: Preparation,
+        record: Record,
         observers: dict[int, ObserverBase],
-        kernels: dict[type[ObserverBase], type[ObserverBase]],
+        stand_ins: dict[type[ObserverBase], type[ObserverBase]],
         memo: dict[int, Any],
     ) -> None:
         self.prepared = prepared
-        self.preparation = preparation
-        self.plan = preparation.plan
+        self.record = record
+        self.plan = record.plan
         self.observers = observers
-        self.kernels = kernels
+        self.stand_ins = stand_ins
         self.graph = copied_graph(prepared.graph)
         self.root = nn.Module()
         self.nodes = {node.name: node for node in self.graph.nodes}
@@ -123,7 +123,7 @@ class _Conversion:
         self.qparams = _all_qparams(observers)
         self.notes: list[str] = []
         self.memo = memo
-        observers_called = set(self.plan.observers.values())
+        observers_called = set(record.observers.values())
         self.called = {
             str(node.target)
             for node in self.graph.nodes
@@ -133,7 +133,7 @@ class _Conversion:
     def run(self) -> QGraphModule:
         self.check_scales()
         self.report_nonfinite()
-        for name in self.preparation.preserved:
+        for name in self.record.preserved:
             adopt(self.root, self.prepared, name, lambda value: copy.deepcopy(value, self.memo))
         self.take_modules()
         self.quantize_weights()
@@ -143,7 +143,7 @@ class _Conversion:
             with self.graph.inserting_before(reader):
                 rounded = new_node(self.graph, "call_function", ops.dynamic_quantize_dequantize, (value, *bounds))
             reader.replace_input_with(value, rounded)
-        for node, number in observer_nodes(self.prepared, self.plan):
+        for node, number in observer_nodes(self.prepared, self.record.observers):
             self.replace_observer(self.nodes[node.name], number)
         for name, number in self.plan.shared.items():
             node = self.nodes[name]
@@ -153,22 +153,21 @@ class _Conversion:
             self.replace_observer(marker, number)
         drop_unread(self.graph)
         self.take_attributes()
-        plan = replace(self.plan, notes=(*self.plan.notes, *self.notes))
         module = QGraphModule.of(self.root, self.graph, is_raw=True)
-        for name in self.preparation.preserved:
+        for name in self.record.preserved:
             adopt(module, self.root, name)
         module.train(self.prepared.training)
-        return module.with_preparation(self.preparation.at("reference", plan))
+        return with_record(module, replace(self.record, stage="reference", notes=(*self.record.notes, *self.notes)))
 
     def check_scales(self) -> None:
         """Refuse scales that are larger than a kernel takes."""
         problems = []
         for number, (scale, _) in self.qparams.items():
-            limit = self.plan.tensors[number].scale_max
+            limit = self.plan.qparams[number].scale_max
             if limit is not None and float(scale.max()) > limit:
                 problems.append(
-                    f"{self.plan.observers[number]} found the scale {float(scale.max()):g}, and a kernel takes at most "
-                    f"{limit:g} (scale_max_upper_bound); keep its operator float, or calibrate on smaller values"
+                    f"{self.record.observers[number]} found the scale {float(scale.max()):g}, and a kernel takes at "
+                    f"most {limit:g} (scale_max_upper_bound); keep its operator float, or calibrate on smaller values"
                 )
         if problems:
             raise ConfigError(problems)
@@ -177,7 +176,7 @@ class _Conversion:
         for number, observer in self.observers.items():
             if observer.nonfinite_count:
                 self.notes.append(
-                    f"{self.plan.observers[number]} met {observer.nonfinite_count} NaN or infinite values"
+                    f"{self.record.observers[number]} met {observer.nonfinite_count} NaN or infinite values"
                 )
         if self.notes:
             listed = "\n".join(f"  - {note}" for note in self.notes)
@@ -191,7 +190,7 @@ class _Conversion:
         """``get_attr`` nodes of a scale and a zero point; the same two for all who use them."""
         if number not in self.qparam_nodes:
             scale, zero_point = (value.detach().clone() for value in self.qparams[number])
-            self.qparam_nodes[number] = self.store_qparams(self.plan.observers[number], scale, zero_point, before)
+            self.qparam_nodes[number] = self.store_qparams(self.record.observers[number], scale, zero_point, before)
         return self.qparam_nodes[number]
 
     def store_qparams(self, name: str, scale: Tensor, zero_point: Tensor, before: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -206,14 +205,14 @@ class _Conversion:
         """Put quantize and dequantize in the place of ``node``, which hands its input through."""
         value = node.all_input_nodes[0]
         scale, zero_point = self.qparams_of(number, node)
-        tensor = self.plan.tensors[number]
-        bounds = (tensor.quant_min, tensor.quant_max)
+        spec = self.plan.qparams[number]
+        bounds = (spec.quant_min, spec.quant_max)
         with self.graph.inserting_before(node):
             quantized = new_node(
                 self.graph,
                 "call_function",
                 ops.quantize_per_tensor,
-                (value, scale, zero_point, *bounds, tensor.traits.dtype),
+                (value, scale, zero_point, *bounds, spec.traits.dtype),
             )
             result = new_node(self.graph, "call_function", ops.dequantize_per_tensor, (quantized, scale, zero_point))
         node.replace_all_uses_with(result)
@@ -221,26 +220,19 @@ class _Conversion:
 
     def quantize_weights(self) -> None:
         """Let every planned operator read integers; a weight that several operators read alike is stored once."""
-        readers: dict[tuple[str, QuantizedTensor], list[fx.Node]] = {}
+        readers: dict[tuple[str, QParamsSpec], list[tuple[fx.Node, int]]] = {}
         for planned in self.plan.weights:
             reader = self.nodes[planned.node]
-            readers.setdefault((str(self.weight_source(reader).target), planned.tensor), []).append(reader)
+            source = _source(reader, planned.argument)
+            readers.setdefault((str(source.target), planned.spec), []).append((reader, planned.argument))
         found = quantize_weights(
-            [FloatWeight(name, get_attribute(self.prepared, name).detach(), tensor) for name, tensor in readers],
-            self.kernels,
+            [FloatWeight(name, get_attribute(self.prepared, name).detach(), spec) for name, spec in readers],
+            self.stand_ins,
         )
-        for weight, nodes in zip(found, readers.values(), strict=True):
-            dequantize = self.store_weight(weight, self.weight_source(nodes[0]))
-            for node in nodes:
-                args = list(node.args)
-                args[weight_position(node)] = dequantize
-                node.args = tuple(args)
-
-    @staticmethod
-    def weight_source(reader: fx.Node) -> fx.Node:
-        source = reader.args[weight_position(reader)]
-        assert isinstance(source, fx.Node)
-        return source
+        for weight, places in zip(found, readers.values(), strict=True):
+            dequantize = self.store_weight(weight, _source(*places[0]))
+            for reader, argument in places:
+                reader.args = (*reader.args[:argument], dequantize, *reader.args[argument + 1 :])
 
     def store_weight(self, weight: IntegerWeight, source: fx.Node) -> fx.Node:
         """Keep integers in the place of a float weight, if that is nobody's any more, and return what dequantizes them.
@@ -264,13 +256,13 @@ class _Conversion:
 
     def float_targets(self) -> set[str]:
         """The tensors that somebody goes on reading as they are, beside or instead of an operator on integers."""
-        quantized = {self.nodes[weight.node] for weight in self.plan.weights}
+        quantized = {(self.nodes[weight.node], weight.argument) for weight in self.plan.weights}
         found = set()
         for source in self.graph.nodes:
             if source.op == "get_attr":
                 for user in source.users:
-                    places = [number for number, argument in enumerate(user.args) if argument is source]
-                    if user not in quantized or places != [weight_position(user)]:
+                    places = [(user, number) for number, argument in enumerate(user.args) if argument is source]
+                    if not places or not quantized.issuperset(places):
                         found.add(str(source.target))
         return found
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import fx
 
 from qcore import ops
-from qcore.fx.graph_module import QGraphModule, submodule
+from qcore.fx.callers import needing_gradient, without_gradient
+from qcore.fx.graph_module import QGraphModule
 from qcore.fx.nodes import copied_graph, new_node
-from qcore.replay.callers import needing_gradient, without_gradient
+from qcore.fx.record import record_of
 
 
 def straight_through(module: QGraphModule) -> Callable[..., Any]:
@@ -43,11 +44,12 @@ def refusing(module: QGraphModule) -> Callable[..., Any]:
     Args:
         module: the model; it isn't changed.
     """
-    graph = copied_graph(module.graph)
+    graph, record = copied_graph(module.graph), record_of(module)
+    native = frozenset[str]() if record is None else record.native
     beside: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         reads = [beside[source] for source in node.all_input_nodes if source in beside]
-        is_kernel = node.op == "call_module" and hasattr(submodule(module, str(node.target)), "replayable")
+        is_kernel = node.op == "call_module" and node.target in native
         if node.op == "output" or not (is_kernel or reads):
             continue
         if not is_kernel and len(set(reads)) == 1:

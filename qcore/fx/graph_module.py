@@ -6,84 +6,28 @@ import importlib
 import pickle
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.compiler import is_dynamo_compiling
 
-from qcore.backend_config import BackendConfig
 from qcore.dtypes import same_dtype
-from qcore.errors import GuardError, NotSupportedError
-from qcore.fx.batches import CallForm
+from qcore.errors import NotSupportedError
+from qcore.fx.callers import apart
 from qcore.fx.nodes import copied_graph
-from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
+from qcore.fx.record import RECORD, Record, record_of
 
-
-@dataclass(frozen=True)
-class Preparation:
-    """What ``prepare_fx`` settled and ``convert_fx`` must keep to.
-
-    Attributes:
-        stage: ``"prepared"``, ``"reference"`` or ``"converted"``.
-        plan: the decisions.
-        backend: name of the backend.
-        backend_config: the capability that the plan was made for.
-        is_custom_config: whether the user gave that config; then there is no lowering but the reference's.
-        preserved: names of attributes of the float model that the user wanted kept.
-        path: of the module in the user's model that this is a part of; ``""`` is the whole model.
-        owner: the name of that module's class.
-        inputs: the name and the dtype of each tensor that the graph takes, in order.
-        form: of the call with the example inputs, for the whole model.
-    """
-
-    stage: str
-    plan: QuantizationPlan
-    backend: str
-    backend_config: BackendConfig
-    is_custom_config: bool = False
-    preserved: tuple[str, ...] = ()
-    path: str = ""
-    owner: str = "the model"
-    inputs: tuple[tuple[str, torch.dtype], ...] = ()
-    form: CallForm | None = None
-
-    def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
-        """The same, at another stage."""
-        return replace(self, stage=stage, plan=plan or self.plan)
-
-
-@dataclass(frozen=True)
-class PartialPreparation:
-    """What ``prepare_fx`` settled for a model that stays Python, with graphs in the place of some of its modules.
-
-    Attributes:
-        stage: as in :class:`Preparation`.
-        python: the modules that aren't graphs.
-        idle: plans of modules that could be graphs, but in which nothing is quantized, by path; they were left alone.
-        decisions: for what those modules call that is no graph and has no modules inside.
-        other_weights: weights of which no decision speaks.
-        form: of the call with the example inputs.
-    """
-
-    stage: str
-    python: tuple[PythonModule, ...]
-    idle: Mapping[str, QuantizationPlan]
-    decisions: tuple[Decision, ...]
-    other_weights: int
-    form: CallForm
-
-
-#: Where a model that stays Python keeps its :class:`PartialPreparation`.
-PARTIAL = "_qcore_partial"
+if TYPE_CHECKING:
+    from qcore.fx.calls import Runner
 
 #: Where a module keeps its modules and tensors.
 REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 #: Attributes that a converted module gets, beside those that every QGraphModule has from the start.
-LATER_ATTRIBUTES = ("_executor", "_straight", "_wrapped", "_call_of_raw", "_in_spec", "_out_spec")
+LATER_ATTRIBUTES = ("_runner", "_straight", "_wrapped", "_call_of_raw", "_in_spec", "_out_spec", RECORD)
 
 
 class QGraphModule(fx.GraphModule):
@@ -92,26 +36,12 @@ class QGraphModule(fx.GraphModule):
     fx pickles the generated code and traces it again, which gives nodes other names; a plan speaks of nodes by name.
     """
 
-    @property
-    def preparation(self) -> Preparation | None:
-        """What qcore knows about this module; ``None`` for one that was only traced."""
-        return self.meta.get("qcore")
-
-    def with_preparation(self, preparation: Preparation) -> "QGraphModule":
-        """Set what qcore knows, and return the module itself."""
-        self.meta["qcore"] = preparation
-        self.wrap_calls()
-        return self
-
-    @property
-    def replayed_forms(self) -> int:
-        """For how many forms of calls (shapes, strides, dtypes) a converted module has a recording to replay."""
-        executor = vars(self).get("_executor")
-        return 0 if executor is None else int(executor.replayed_forms)
+    #: What runs a converted graph; a library of kernels may have a class of its own, with another.
+    _runner_class: "type[Runner] | None" = None
 
     def wrap_calls(self) -> None:
         """Put around calls what belongs to the stage of a module that a verb returns; see :mod:`qcore.fx.calls`."""
-        if vars(self).get("meta", {}).get("qcore") is None:
+        if record_of(self) is None:
             return
         from qcore.fx.calls import call_of_raw, wrap_calls  # They work on this class.
 
@@ -131,11 +61,11 @@ class QGraphModule(fx.GraphModule):
 
         Scales in half precision would be other scales, and the graph was made for values of these dtypes.
         """
-        is_made = vars(self).get("meta", {}).get("qcore") is not None
+        is_made = record_of(self) is not None
         return super()._apply(same_dtype(fn) if is_made else fn, recurse)  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def of(root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
+    @classmethod
+    def of(cls, root: nn.Module, graph: fx.Graph, *, is_raw: bool = False) -> "QGraphModule":
         """A module with the tensors and modules of ``root``, all of them and not copies, that runs ``graph``.
 
         Args:
@@ -143,7 +73,7 @@ class QGraphModule(fx.GraphModule):
             graph: becomes the module's own.
             is_raw: leave out the code until it is needed: passes that only change the graph needn't pay for it.
         """
-        module = QGraphModule.__new__(QGraphModule)
+        module = cls.__new__(cls)
         vars(module)["_is_raw"] = True  # There is no need for the code of an empty graph.
         module.__init__(nn.Module(), fx.Graph())  # type: ignore[misc]
         module.graph.owning_module = None
@@ -199,14 +129,14 @@ class QGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         nodes = [_frozen(node) for node in self.graph.nodes]
-        return _thaw, (nodes, self.graph._codegen, self.meta), self._state()
+        return _thaw, (type(self).__base__, nodes, self.graph._codegen, self.meta, record_of(self)), self._state()
 
     def _twin(self) -> "QGraphModule":
         """A module with a copy of the graph, and none of the attributes."""
-        result = QGraphModule.of(nn.Module(), copied_graph(self.graph), is_raw=vars(self).get("_is_raw", False))
+        base: type[QGraphModule] = type(self).__base__  # type: ignore[assignment]  # fx makes each module a class.
+        result = base.of(nn.Module(), copied_graph(self.graph), is_raw=vars(self).get("_is_raw", False))
         result.meta.update(self.meta)
-        result.wrap_calls()
-        return result
+        return with_record(result, record_of(self))
 
     def _state(self) -> dict[str, Any]:
         """The attributes of the module, but for those that every QGraphModule makes by itself."""
@@ -214,48 +144,12 @@ class QGraphModule(fx.GraphModule):
         return {name: value for name, value in state.items() if name not in _own_attributes()}
 
 
-class FloatFallback(nn.Module):
-    """A model with a float one beside it, for calls in a form that it wasn't prepared for.
-
-    Args:
-        model: prepared or converted.
-        float_model: what it was made of.
-    """
-
-    def __init__(self, model: nn.Module, float_model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.float_model = float_model
-        self.training = model.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result, or the float model's where a guard fails."""
-        try:
-            return self.model(*args, **kwargs)
-        except GuardError:
-            return self.float_model(*args, **kwargs)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # The float model is called with the same inputs as the other, which keeps its dtypes.
-        return super()._apply(same_dtype(fn), recurse)  # type: ignore[no-untyped-call]
-
-
-def preparations(model: Any) -> dict[str, Preparation]:
-    """What qcore knows about the graphs in a model, by path; empty for what it didn't make."""
-    if not isinstance(model, nn.Module):
-        return {}
-    return {
-        path: module.preparation
-        for path, module in model.named_modules()
-        if isinstance(module, QGraphModule) and module.preparation is not None
-    }
-
-
-def partial_preparation(model: Any) -> PartialPreparation | None:
-    """What qcore knows about a model that stays Python; ``None`` for any other."""
-    inner = model.model if isinstance(model, FloatFallback) else model
-    found = getattr(inner, "__dict__", {}).get(PARTIAL)
-    return found if isinstance(found, PartialPreparation) else None
+def with_record(module: QGraphModule, record: Record | None) -> QGraphModule:
+    """Set what qcore knows about a graph, and return the module itself."""
+    if record is not None:
+        vars(module)[RECORD] = record
+        module.wrap_calls()
+    return module
 
 
 class _ForwardWhenAsked:
@@ -276,9 +170,9 @@ class _ForwardWhenAsked:
         return owner.forward if instance is None else instance.forward
 
     def outside_of_compilers(self, *args: Any, **kwargs: Any) -> Any:
-        from qcore.replay.apart import apart
-
-        return apart(self.module(), *args, **kwargs)
+        module = self.module()
+        assert module is not None
+        return apart(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -343,7 +237,13 @@ def _function_name(function: Any) -> Any:
     return function
 
 
-def _thaw(nodes: list[tuple[Any, ...]], codegen: fx.graph.CodeGen, meta: dict[str, Any]) -> QGraphModule:
+def _thaw(
+    base: type[QGraphModule],
+    nodes: list[tuple[Any, ...]],
+    codegen: fx.graph.CodeGen,
+    meta: dict[str, Any],
+    record: Record | None,
+) -> QGraphModule:
     graph = fx.Graph()
     graph.set_codegen(codegen)
     made: dict[str, fx.Node] = {}
@@ -357,10 +257,9 @@ def _thaw(nodes: list[tuple[Any, ...]], codegen: fx.graph.CodeGen, meta: dict[st
         made[name] = graph.create_node(op, target, args, fx.node.map_aggregate(kwargs, resolve), name)
         if example is not None:
             made[name].meta["example"] = example
-    module = QGraphModule.of(nn.Module(), graph)
+    module = base.of(nn.Module(), graph)
     module.meta.update(meta)
-    module.wrap_calls()
-    return module
+    return with_record(module, record)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module:

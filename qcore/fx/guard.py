@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from qcore.replay.dispatch import DispatchMode
+from qcore.fx.dispatch import DispatchMode
 
 _drawing = threading.RLock()
 

@@ -47,6 +47,16 @@ class Operator:
     bias: int | None = None
     kind: Kind = Kind.COMPUTE
 
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Positions of the weights."""
+        return () if self.weight is None else (self.weight,)
+
+    @property
+    def biases(self) -> tuple[int, ...]:
+        """Positions of the biases."""
+        return () if self.bias is None else (self.bias,)
+
 
 def _weighted(name: str, function: Callable[..., Any]) -> Operator:
     return Operator(name, function, weight=1, bias=2)

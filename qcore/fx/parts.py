@@ -7,7 +7,7 @@ the same, and what is called in several forms, is opened: it stays Python, and i
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.nn.parameter import is_lazy
 from qcore.errors import TraceError
 from qcore.fx.costs import module_weights
 from qcore.fx.forms import MODULES, PASSING
-from qcore.fx.graph_module import PARTIAL, FloatFallback, QGraphModule, modules_of, submodule
+from qcore.fx.graph_module import QGraphModule, modules_of, submodule
 from qcore.fx.guard import aside, draws
 from qcore.fx.names import own_names
+from qcore.fx.record import FloatFallback, record_of
 from qcore.fx.runs import Runs
 from qcore.fx.shapes import copied, difference, propagate_examples, run_model
 from qcore.fx.signature import CallSignature, NotConstantError
@@ -48,7 +49,7 @@ class Part:
         replay: runs such a graph on the examples.
         result: what that gave.
         is_random: whether it gives another result each time.
-        kept: names of its tensors that the model around it reads, too.
+        attributes: names of what whoever has the module reads of it, beside calling it.
     """
 
     path: str
@@ -59,9 +60,9 @@ class Part:
     examples: list[Tensor]
     trace_again: Callable[[], QGraphModule]
     replay: Callable[[QGraphModule], Any]
+    attributes: dict[str, None]
     result: Any = None
     is_random: bool = False
-    kept: set[str] = field(default_factory=set)
 
     def forget(self) -> None:
         """Let go of all that tracing made: functions that hold each other, and tensors with them."""
@@ -112,6 +113,7 @@ def find_parts(
     kwargs: dict[str, Any],
     leaf_names: Iterable[str] = (),
     leaf_classes: Iterable[type[nn.Module]] = (),
+    preserved: Iterable[str] = (),
 ) -> Parts:
     """Trace a model whole, or else the largest of its submodules that can be.
 
@@ -121,6 +123,7 @@ def find_parts(
         kwargs: keyword example inputs.
         leaf_names: paths of modules to keep whole and float.
         leaf_classes: classes of such modules.
+        preserved: names of attributes of the model that the user will read.
 
     Raises:
         ExampleInputsError: it doesn't run on the example inputs.
@@ -138,7 +141,7 @@ def find_parts(
 
         graph = again(calls)
         replay = partial(runs.replay, examples)
-        whole = Part("", model, model, graph, signature, examples, again, replay)
+        whole = Part("", model, model, graph, signature, examples, again, replay, dict.fromkeys(preserved))
         runs.trust(graph)
     except Exception as error:
         reason = _reason("", model, error)
@@ -330,6 +333,7 @@ class _Finder:
                 part = Part(
                     path, own, source, traced(root, calls), signature, examples,
                     lambda: traced(source, Counter(before_it)), partial(self.runs.replay, examples),
+                    dict.fromkeys(plain_attributes(own)),
                 )  # fmt: skip
                 drawn = draws()
                 part.result = propagate_examples(part.graph, examples)
@@ -399,7 +403,7 @@ class _Stub(nn.Module):
         if part is None or not hasattr(module, name):
             raise AttributeError(name)
         if name in module._parameters or name in module._buffers:
-            part.kept.add(name)
+            part.attributes[name] = None
         else:
             reads.append((part.path, name))
         return getattr(module, name)
@@ -474,17 +478,17 @@ def why_unsuitable(model: nn.Module) -> list[str]:
     """Why a model isn't one to prepare."""
     if isinstance(model, torch.jit.ScriptModule):
         return [f"model: {NO_PYTHON}; give the module that it was scripted or traced from"]
-    if not any(isinstance(m, (FloatFallback, QGraphModule)) or PARTIAL in vars(m) for m in modules_of(model)):
+    if not any(isinstance(m, FloatFallback) or record_of(m) is not None for m in modules_of(model)):
         return _lazy_parameters(model)
     problems = []
     for path, module in model.named_modules():
         at = f"its module {path!r}" if path else "it"
-        if isinstance(module, FloatFallback) or PARTIAL in vars(module):
+        record = record_of(module)
+        if isinstance(module, FloatFallback) or (record is not None and not isinstance(module, QGraphModule)):
             return [f"model: {at} was prepared or converted already; give the float model"]
-        preparation = module.preparation if isinstance(module, QGraphModule) else None
-        if preparation is not None:
+        if record is not None:
             problems.append(
-                f"model: {at} is a {preparation.stage} model already; give the float model, and prepare it as a whole"
+                f"model: {at} is a {record.stage} model already; give the float model, and prepare it as a whole"
             )
     return problems + _lazy_parameters(model)
 
@@ -496,9 +500,9 @@ def _lazy_parameters(model: nn.Module) -> list[str]:
     return [f"model: its parameter {name!r} isn't initialized yet; run the model once, and load its weights"]
 
 
-def keep_to_operators(model: nn.Module) -> None:
+def keep_to_operators(host: nn.Module) -> None:
     """Let torch's transformer modules that stay Python call their modules, and no kernel in their place."""
-    for module in model.modules():
+    for module in modules_of(host):
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):

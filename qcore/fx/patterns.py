@@ -31,6 +31,16 @@ def config_problems(config: BackendConfig) -> list[str]:
     return problems
 
 
+def module_classes(config: BackendConfig) -> list[type[nn.Module]]:
+    """The module classes that a config names as operators of their own: such modules are kept whole."""
+    elements = [
+        element
+        for pattern in config.configs
+        for element in (pattern.pattern if isinstance(pattern.pattern, tuple) else (pattern.pattern,))
+    ]
+    return [e for e in elements if isinstance(e, type) and issubclass(e, nn.Module) and e not in MODULES]
+
+
 def _problem(element: object) -> str:
     """What is wrong with one element; empty if nothing is."""
     if isinstance(element, (tuple, list)):

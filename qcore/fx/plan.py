@@ -23,7 +23,7 @@ from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
 from qcore.qconfig import ObserverConstructor, ObserverTraits, QConfig
 from qcore.qconfig_mapping import object_type_name
-from qcore.quantization_plan import Decision, Observation, QuantizationPlan, QuantizedTensor, WeightQuantization
+from qcore.quantization_plan import Decision, Observation, QParamsSpec, QuantizationPlan, WeightQuantization
 
 #: Clamps that a reader knows by another name.
 _CLAMPS: dict[tuple[object, ...], str] = {(0, None): "relu", (0, 6): "relu6"}
@@ -65,21 +65,21 @@ def make_plan(
     return _Planner(traced, resolver, traits, backend_name, backend_config).run()
 
 
-class _Values:
+class _Assigned:
     """Which value of the graph has which qparams; sets of qparams merge when an operator wants its inputs alike."""
 
     def __init__(self) -> None:
-        self.tensors: list[QuantizedTensor] = []
+        self.specs: list[QParamsSpec] = []
         self._merged: list[int] = []
         self.outputs: dict[fx.Node, int] = {}
         self.observed: dict[fx.Node, int] = {}
         self.inputs: dict[tuple[fx.Node, ObserverConstructor], int] = {}
         self.input_readers: dict[tuple[fx.Node, ObserverConstructor], list[str]] = {}
 
-    def new(self, tensor: QuantizedTensor) -> int:
-        self.tensors.append(tensor)
+    def new(self, spec: QParamsSpec) -> int:
+        self.specs.append(spec)
         self._merged.append(len(self._merged))
-        return len(self.tensors) - 1
+        return len(self.specs) - 1
 
     def find(self, number: int) -> int:
         while self._merged[number] != number:
@@ -87,31 +87,29 @@ class _Values:
             number = self._merged[number]
         return number
 
-    def of(self, number: int) -> QuantizedTensor:
-        return self.tensors[self.find(number)]
+    def of(self, number: int) -> QParamsSpec:
+        return self.specs[self.find(number)]
 
     def merge(self, first: int, second: int) -> None:
         first, second = self.find(first), self.find(second)
         if first == second:
             return
-        kept, other = self.tensors[first], self.tensors[second]
-        self.tensors[first] = _intersected(kept, other.quant_min, other.quant_max, other.eps, other.scale_max)
+        kept, other = self.specs[first], self.specs[second]
+        self.specs[first] = _intersected(kept, other.quant_min, other.quant_max, other.eps, other.scale_max)
         self._merged[second] = first
 
     def can_merge(self, numbers: list[int]) -> bool:
-        tensors = [self.of(number) for number in numbers]
-        return all(t.constructor == tensors[0].constructor and t.fixed == tensors[0].fixed for t in tensors)
+        specs = [self.of(number) for number in numbers]
+        return all(s.constructor == specs[0].constructor and s.fixed == specs[0].fixed for s in specs)
 
 
-def _intersected(
-    tensor: QuantizedTensor, low: int, high: int, eps: float | None, scale_max: float | None
-) -> QuantizedTensor:
-    floors = [value for value in (tensor.eps, eps) if value is not None]
-    ceilings = [value for value in (tensor.scale_max, scale_max) if value is not None]
+def _intersected(spec: QParamsSpec, low: int, high: int, eps: float | None, scale_max: float | None) -> QParamsSpec:
+    floors = [value for value in (spec.eps, eps) if value is not None]
+    ceilings = [value for value in (spec.scale_max, scale_max) if value is not None]
     return replace(
-        tensor,
-        quant_min=max(tensor.quant_min, low),
-        quant_max=min(tensor.quant_max, high),
+        spec,
+        quant_min=max(spec.quant_min, low),
+        quant_max=min(spec.quant_max, high),
         eps=max(floors) if floors else None,
         scale_max=min(ceilings) if ceilings else None,
     )
@@ -132,7 +130,7 @@ class _Planner:
         self.backend_name = backend_name
         self.config = backend_config
         self.name = backend_config.name or backend_name
-        self.values = _Values()
+        self.values = _Assigned()
         self.module_types: dict[str, type[nn.Module]] = {
             str(node.target): type(traced.get_submodule(str(node.target)))
             for node in traced.graph.nodes
@@ -406,7 +404,7 @@ class _Planner:
                 self.values.merge(numbers[0], number)
             self.values.outputs[match.result] = numbers[0]
         else:
-            output = self.values.new(self.output_tensor(qconfig, dtype_config))
+            output = self.values.new(self.output_spec(qconfig, dtype_config))
             self.values.outputs[match.result] = output
             self.values.observed[match.result] = output
             for clamp in match.nodes[len(match.nodes) - match.clamps :]:
@@ -416,8 +414,8 @@ class _Planner:
     def place_weight(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
         op = operator_of(match.anchor)
         if op is not None and op.weight is not None:
-            tensor = constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
-            self.weights.append(WeightQuantization(match.anchor.name, tensor))
+            spec = constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
+            self.weights.append(WeightQuantization(match.anchor.name, op.weight, spec))
         return ""
 
     def may_give_float(self, match: Match) -> bool:
@@ -432,12 +430,10 @@ class _Planner:
         for node in () if reads_float(dtype_config) else match.inputs():
             if node not in self.values.outputs:
                 continue
-            tensor = self.values.of(self.values.outputs[node])
-            traits = tensor.traits
-            if tensor.fixed is not None or traits.has_explicit_range:
-                traits = replace(
-                    traits, quant_min=tensor.quant_min, quant_max=tensor.quant_max, has_explicit_range=True
-                )
+            spec = self.values.of(self.values.outputs[node])
+            traits = spec.traits
+            if spec.fixed is not None or traits.has_explicit_range:
+                traits = replace(traits, quant_min=spec.quant_min, quant_max=spec.quant_max, has_explicit_range=True)
             problem = violation("input", traits, dtype_config.input_constraints, False)
             if problem:
                 return f"{node.name} is quantized otherwise than it must be read: {problem}"
@@ -450,20 +446,20 @@ class _Planner:
         else:
             key = (node, qconfig.activation)
             if key not in self.values.inputs:
-                tensor = constrained(qconfig.activation, self.traits[qconfig.activation], constraints)
-                self.values.inputs[key] = self.values.new(tensor)
+                spec = constrained(qconfig.activation, self.traits[qconfig.activation], constraints)
+                self.values.inputs[key] = self.values.new(spec)
                 self.values.input_readers[key] = []
             number = self.values.inputs[key]
             self.values.input_readers[key].extend(
                 reader.name for reader in match.nodes if node in reader.all_input_nodes
             )
         root = self.values.find(number)
-        tensor = self.values.tensors[root]
-        low, high = bounds_within(tensor.traits, constraints)
-        self.values.tensors[root] = _intersected(tensor, low, high, *scale_bounds(constraints))
+        spec = self.values.specs[root]
+        low, high = bounds_within(spec.traits, constraints)
+        self.values.specs[root] = _intersected(spec, low, high, *scale_bounds(constraints))
         return number
 
-    def output_tensor(self, qconfig: QConfig, dtype_config: DTypeConfig) -> QuantizedTensor:
+    def output_spec(self, qconfig: QConfig, dtype_config: DTypeConfig) -> QParamsSpec:
         return constrained(qconfig.activation, self.traits[qconfig.activation], dtype_config.output_constraints)
 
     def plan(self) -> QuantizationPlan:
@@ -479,12 +475,12 @@ class _Planner:
             for node, raw in values.outputs.items()
             if node not in values.observed and not is_tuple(node)
         }
-        tensors = sorted(numbering, key=lambda raw: numbering[raw])
+        specs = sorted(numbering, key=lambda raw: numbering[raw])
         order = {node: place for place, node in enumerate(self.traced.graph.nodes)}
         return QuantizationPlan(
             backend=self.backend_name,
             decisions=tuple(self.decisions[node] for node in sorted(self.decisions, key=lambda node: order[node])),
-            tensors=tuple(values.tensors[raw] for raw in tensors),
+            qparams=tuple(values.specs[raw] for raw in specs),
             observations=tuple(observations),
             shared=shared,
             absorbed=self.absorbed,

@@ -4,20 +4,19 @@ import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from qcore.backend_config import BackendConfig
 from qcore.fx.effects import keeps_no_state
 from qcore.fx.forms import MODULES
 from qcore.fx.fuse import FusionPattern
-from qcore.fx.graph_module import Preparation, QGraphModule, adopt, own_tensors, submodule
+from qcore.fx.graph_module import QGraphModule, adopt, own_tensors, submodule, with_record
 from qcore.fx.hooks import notes_of_weights
 from qcore.fx.observe import observe
-from qcore.fx.parts import NO_PYTHON, Part, Parts, plain_attributes, scripts_in
+from qcore.fx.parts import NO_PYTHON, Part, Parts, scripts_in
 from qcore.fx.plan import Refusal, make_plan
+from qcore.fx.record import Record, Settings
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import HARMLESS, Origin
@@ -35,12 +34,9 @@ class Preparer:
     Args:
         resolver: the mapping.
         traits: of every observer constructor in the mapping.
-        backend: its name.
-        patterns: what it fuses.
-        kernels: its implementations of observers.
-        config: its capability, or the user's own.
-        is_custom_config: whether it is the user's own.
-        preserved: names of attributes of the model that the user wants kept.
+        settings: what is settled for all parts.
+        patterns: what the backend fuses.
+        stand_ins: its implementations of observers.
         copies: of tensors of the model, for the results to have.
 
     Attributes:
@@ -52,23 +48,17 @@ class Preparer:
         self,
         resolver: Resolver,
         traits: dict[ObserverConstructor, ObserverTraits],
-        backend: str,
+        settings: Settings,
         patterns: Sequence[FusionPattern],
-        kernels: dict[type[ObserverBase], type[ObserverBase]],
-        config: BackendConfig,
-        is_custom_config: bool,
-        preserved: Sequence[str],
+        stand_ins: dict[type[ObserverBase], type[ObserverBase]],
         copies: Copies,
     ) -> None:
         self.resolver = resolver
         self.traits = traits
-        self.backend = backend
+        self.settings = settings
         self.patterns = patterns
-        self.kernels = kernels
-        self.config = config
-        self.is_custom_config = is_custom_config
-        self.preserved = tuple(preserved)
-        self.name = config.name or backend
+        self.stand_ins = stand_ins
+        self.name = settings.backend_config.name or settings.backend
         self.copies = copies
         self.refusals: list[Refusal] = []
         self.plans: dict[str, QuantizationPlan] = {}
@@ -81,8 +71,7 @@ class Preparer:
     def prepare(self, part: Part) -> QGraphModule:
         """The part with observers in it; its graph becomes the result's."""
         # What the user reads of the module is never rewritten: the passes get names of their own.
-        plain = plain_attributes(part.module) if part.path else {}
-        preserved = (*plain, *part.kept) if part.path else self.preserved
+        preserved = tuple(part.attributes)
         with comparable():
             graph, notes = rewrite(part, self.patterns, preserved)
         graph.meta.pop(HARMLESS, None)
@@ -90,20 +79,32 @@ class Preparer:
         leaves = _leaves_as_new(graph, part, self.copies)
         for name in preserved:
             adopt(graph, part.module, name, lambda value: copied_value(value, self.copies, leaves))
-        plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
-        scripts = [f"{path} stays as it is: {NO_PYTHON}" for path in scripts_in(graph)]
-        plan = replace(plan, notes=(*notes_of_weights(part.module), *notes, *scripts))
+        settings = self.settings
+        plan, refusals = make_plan(graph, self.resolver, self.traits, settings.backend, settings.backend_config)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
-        plan = observe(graph, plan, self.kernels)
+        observers = observe(graph, plan, self.stand_ins)
         graph.train(part.module.training)
+        scripts = [f"{path} stays as it is: {NO_PYTHON}" for path in scripts_in(graph)]
         names = part.signature.tensor_names
-        preparation = Preparation(
-            "prepared", plan, self.backend, self.config, self.is_custom_config, preserved, part.path,
-            owner=type(part.module).__name__,
-            inputs=tuple((name, example.dtype) for name, example in zip(names, part.examples, strict=True)),
+        record = Record(
+            "prepared", settings, plan, preserved, type(part.module).__name__,
+            tuple((name, example.dtype) for name, example in zip(names, part.examples, strict=True)),
+            observers, (*notes_of_weights(part.module), *notes, *scripts),
         )  # fmt: skip
-        return graph.with_preparation(preparation)
+        return with_record(graph, record)
+
+    def idle(self, found: Parts) -> dict[str, QuantizationPlan]:
+        """The plans of parts in which nothing is quantized: where a model stays Python, they stay what they were."""
+        return {path: plan for path, plan in self.plans.items() if not plan.quantized} if found.python else {}
+
+    def plan_around(self, model: nn.Module, found: Parts) -> QuantizationPlan:
+        """What is decided outside of the graphs: all of it stays float."""
+        idle = [decision for plan in self.idle(found).values() for decision in plan.decisions]
+        return QuantizationPlan(
+            self.settings.backend, (*idle, *self.decide_python(model, found)), python=found.python,
+            other_weights=found.other_weights,
+        )  # fmt: skip
 
     def decide_python(self, model: nn.Module, found: Parts) -> tuple[Decision, ...]:
         """Decide for what is called by modules that stay Python: float, each for its reason."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from qcore.errors import ConfigError
 from qcore.fx.observe import make_observer
 from qcore.observer import ObserverBase
-from qcore.quantization_plan import QuantizedTensor
+from qcore.quantization_plan import QParamsSpec
 
 #: Numbers that are rounded together at most. Larger weights gain nothing, and what is joined is a copy.
 JOINED_LIMIT = 1 << 18
@@ -30,12 +30,12 @@ class FloatWeight:
     Attributes:
         name: for an error message.
         values: float.
-        tensor: the observer that finds its qparams.
+        spec: of its qparams.
     """
 
     name: str
     values: Tensor
-    tensor: QuantizedTensor
+    spec: QParamsSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def _groups(weights: Sequence[FloatWeight]) -> list[list[int]]:
     open_groups: dict[object, tuple[list[int], int]] = {}
     for number, weight in enumerate(weights):
         values = weight.values
-        form = (weight.tensor, values.shape[1:], values.dtype, values.device)
+        form = (weight.spec, values.shape[1:], values.dtype, values.device)
         members, size = open_groups.get(form, ([], 0))
         if not members or values.dim() < 2 or size + values.numel() > JOINED_LIMIT:
             members, size = [], 0
@@ -94,7 +94,7 @@ def _groups(weights: Sequence[FloatWeight]) -> list[list[int]]:
 
 def _quantized_together(weights: Sequence[FloatWeight], kernels: Kernels) -> list[IntegerWeight] | None:
     """Weights of one form, rounded as one; ``None`` if some of them need a look of their own."""
-    observer = make_observer(weights[0].tensor, kernels)
+    observer = make_observer(weights[0].spec, kernels)
     if not observer.treats_channels_apart or getattr(observer, "ch_axis", None) != 0:
         return None
     joined = torch.cat([weight.values for weight in weights])
@@ -111,7 +111,7 @@ def _quantized_together(weights: Sequence[FloatWeight], kernels: Kernels) -> lis
 
 
 def _quantized(weight: FloatWeight, kernels: Kernels) -> IntegerWeight:
-    observer = make_observer(weight.tensor, kernels)
+    observer = make_observer(weight.spec, kernels)
     observer(weight.values)
     if observer.nonfinite_count or not observer.has_data:
         raise ConfigError(f"the weight {weight.name} holds NaN or infinity; it can't be quantized")

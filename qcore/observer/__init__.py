@@ -8,11 +8,9 @@ from qcore.observer.fixed import FixedQParamsObserver
 from qcore.observer.histogram import HistogramObserver
 from qcore.observer.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from qcore.observer.moving_average import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
-from qcore.observer.pair_limited import PAIR_LIMIT, PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 from qcore.observer.placeholder import PlaceholderObserver
 
 __all__ = [
-    "PAIR_LIMIT",
     "DatalessObserver",
     "FixedQParamsObserver",
     "HistogramObserver",
@@ -21,11 +19,9 @@ __all__ = [
     "MovingAveragePerChannelMinMaxObserver",
     "ObserverBase",
     "ObserverSpec",
-    "PairLimitedPerChannelMinMaxObserver",
     "PerChannelMinMaxObserver",
     "PlaceholderObserver",
     "RangeObserver",
-    "largest_pair_sum",
 ]
 
 

@@ -13,12 +13,13 @@ from qcore.errors import PluginError
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule, get_attribute
 from qcore.fx.patterns import config_problems, pattern_problems
+from qcore.fx.record import record_of
 from qcore.fx.shapes import copied
 from qcore.fx.signature import SignatureCodeGen
+from qcore.lowering.lowered import Lowered
 from qcore.observer import ObserverBase
 from qcore.plugins.hookspecs import Availability, BackendInfo
 from qcore.qconfig_mapping import QConfigMapping
-from qcore.replay.executor import as_written
 
 #: How far a lowered model's results may lie from the reference's, relative to those: far more than roundings come to,
 #: far less than any other model's.
@@ -78,7 +79,10 @@ def _mapping(answer: Any) -> str:
 
 
 def _lowered(answer: Any) -> str:
-    return _no_instance(answer, nn.Module)
+    problem = _no_instance(answer, Lowered)
+    if problem:
+        return f"{problem}; give Lowered(module)" if isinstance(answer, nn.Module) else problem
+    return _record(answer, Lowered, module=nn.Module, kernels=Mapping, declined=Mapping)
 
 
 #: The check of each hook's answer.
@@ -109,16 +113,21 @@ def snapshot(model: QGraphModule) -> tuple[list[Any], ...]:
     return nodes, [n.target for n in nodes], [n.args for n in nodes], [*map(id, modules), *map(id, tensors)], versions
 
 
-def unlike(reference: QGraphModule, lowered: nn.Module) -> str:
+def unlike(reference: QGraphModule, answer: Lowered) -> str:
     """How a lowered model differs from the reference model it is to stand for; empty if it doesn't.
 
-    One that carries the reference's plan, as ``lower_with_rules`` gives it, has accounted for each decision. Any other
-    is run once, beside the reference, on values like those that the model was calibrated with.
+    One that was made decision by decision, as ``lower_with_rules`` does, has accounted for each. Any other is run once,
+    beside the reference, on values like those that the model was calibrated with.
 
     Raises:
         PluginError: it can't be run.
     """
-    if lowered is reference or _carries_plan(reference, lowered):
+    record, lowered = record_of(reference), answer.module
+    known = {decision.node for decision in record.plan.decisions} if record is not None else set()
+    strange = sorted({*answer.kernels, *answer.declined} - known)
+    if strange:
+        return f"named kernels for {', '.join(map(repr, strange))}, which no decision of the plan is about"
+    if lowered is reference or answer.reference is reference:
         return ""
     tensors = [_like_example(reference, node) for node in reference.graph.nodes if node.op == "placeholder"]
     if any(tensor is None for tensor in tensors):
@@ -126,7 +135,7 @@ def unlike(reference: QGraphModule, lowered: nn.Module) -> str:
     codegen = reference.graph._codegen
     signature = codegen.signature if isinstance(codegen, SignatureCodeGen) else None
     args, kwargs = (tensors, {}) if signature is None else signature.arguments(tensors)
-    with torch.no_grad(), as_written():
+    with torch.no_grad():
         try:
             expected = reference(*copied(args), **copied(kwargs))
         except Exception:
@@ -138,13 +147,6 @@ def unlike(reference: QGraphModule, lowered: nn.Module) -> str:
                 f"the model doesn't run where the reference does: {type(error).__name__}: {error}", hook="qcore_lower"
             ) from error
     return _apart(expected, found)
-
-
-def _carries_plan(reference: QGraphModule, lowered: nn.Module) -> bool:
-    was, now = reference.preparation, lowered.preparation if isinstance(lowered, QGraphModule) else None
-    if was is None or now is None or now.stage != "converted":
-        return False
-    return [decision.nodes for decision in was.plan.decisions] == [decision.nodes for decision in now.plan.decisions]
 
 
 def _like_example(reference: QGraphModule, node: fx.Node) -> Tensor | None:

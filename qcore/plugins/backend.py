@@ -17,6 +17,7 @@ from qcore.backend_config import BackendConfig
 from qcore.errors import ConfigError, LoweringError, PluginError
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
+from qcore.lowering.lowered import Lowered, converted
 from qcore.observer import ObserverBase
 from qcore.plugins import hookspecs
 from qcore.plugins.answers import ANSWERS, snapshot, unlike
@@ -128,14 +129,14 @@ class Backend:
         if not self._has("qcore_lower"):
             return reference
         before = snapshot(reference)
-        lowered: nn.Module = self._ask("qcore_lower", model=reference)
+        lowered: Lowered = self._ask("qcore_lower", model=reference)
         if snapshot(reference) != before:
             raise self._error("qcore_lower", "changed the reference model that it was given, and must give another")
         with self.answers_for("qcore_lower"):
             problem = unlike(reference, lowered)
         if problem:
             raise self._error("qcore_lower", problem)
-        return lowered
+        return converted(reference, lowered)
 
     @cached_property
     def _is_checked(self) -> bool:

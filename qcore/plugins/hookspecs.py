@@ -16,16 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pluggy
-from torch import nn
 
 from qcore.backend_config import BackendConfig
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
+from qcore.lowering.lowered import Lowered
 from qcore.observer import ObserverBase
 from qcore.qconfig_mapping import QConfigMapping
 
 #: Version of this page; a plugin states the one that it was written for.
-PLUGIN_API = 1
+PLUGIN_API = 2
 
 hookspec = pluggy.HookspecMarker("qcore")
 hookimpl = pluggy.HookimplMarker("qcore")
@@ -109,11 +109,11 @@ def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
 
 
 @hookspec(firstresult=True)
-def qcore_lower(model: QGraphModule) -> nn.Module:
+def qcore_lower(model: QGraphModule) -> Lowered:
     """Turn a reference model into one on the backend's kernels. Without it: the reference model itself runs.
 
-    ``qcore.lowering.lower_with_rules`` does it from a table; a vendor's compiler may take the whole graph. The result
-    is called like ``model``, which stays as it is. One that doesn't carry the plan of ``model`` is run beside it once.
+    ``qcore.lowering.lower_with_rules`` does it from a table of kernels, ``qcore.lowering.lower_with_engine`` with a
+    compiler that takes subgraphs; either gives the answer. ``model`` stays as it is.
     """
     raise NotImplementedError
 

@@ -16,17 +16,16 @@ from qcore import ops
 from qcore.backend_config import BackendConfig, DTypeConfig, DTypeWithConstraints
 from qcore.dtypes import QScheme
 from qcore.errors import ExampleInputsError
+from qcore.fx.calls import as_written
 from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute
 from qcore.fx.match import PatternTable
-from qcore.fx.names import qparams_targets
 from qcore.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from qcore.plugins.manager import get_backend
 from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import QConfigMapping
 from qcore.quantization_plan import Decision
 from qcore.quantize_fx import convert_fx, convert_to_reference_fx, explain, get_default_qconfig_mapping, prepare_fx
-from qcore.replay.executor import as_written
 from qcore.testing.cases import CASES, EXTREME_CASES, Case, behind
 from qcore.testing.process import process_left_alone
 
@@ -79,35 +78,29 @@ def steps_apart(reference: QGraphModule, expected: Tensor, found: Tensor) -> tup
     return float((expected - found).abs().max()) / step, step
 
 
-def _results(reference: QGraphModule) -> list[int]:
-    """For each output of a model the number of its qparams; -1 if it comes from a float operator."""
-    preparation = reference.preparation
-    assert preparation is not None
+def _results(reference: QGraphModule) -> list[str]:
+    """For each output of a model where its scale is; empty if it comes from a float operator."""
     (outputs,) = next(node for node in reversed(reference.graph.nodes) if node.op == "output").args
-    numbers = {qparams_targets(name)[0]: number for number, name in preparation.plan.observers.items()}
-    found = []
-    for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-        sources = [str(getattr(node, "target", "")) for node in getattr(output, "args", ())[1:2]]
-        found.append(numbers.get(sources[0], -1) if sources else -1)
-    return found
+    given = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [_scale(node) if getattr(node, "target", None) is ops.dequantize_per_tensor else "" for node in given]
 
 
-def _step(reference: QGraphModule, number: int, expected: Tensor) -> float:
-    preparation = reference.preparation
-    assert preparation is not None
-    name = preparation.plan.observers.get(number, "")
-    scale = float(get_attribute(reference, qparams_targets(name)[0])) if name else float(expected.abs().max()) / 1000
-    return scale or 1.0
+def _scale(node: Any) -> str:
+    """Where the scale of a quantize or dequantize is."""
+    return str(node.args[1].target)
+
+
+def _step(reference: QGraphModule, scale: str, expected: Tensor) -> float:
+    step = float(get_attribute(reference, scale)) if scale else float(expected.abs().max()) / 1000
+    return step or 1.0
 
 
 def _handed_on(reference: QGraphModule) -> float:
     """What a difference of one step in every intermediate result may come to, as a real number."""
-    preparation = reference.preparation
-    assert preparation is not None
-    plan = preparation.plan
-    inputs = {node.name for node in reference.graph.nodes if node.op == "placeholder"}
-    between = {place.tensor for place in plan.observations if place.value not in inputs} - set(_results(reference))
-    return sum(float(get_attribute(reference, qparams_targets(plan.observers[number])[0])) for number in between)
+    made = [node for node in reference.graph.nodes if node.target is ops.quantize_per_tensor]
+    given = {_scale(node) for node in made if node.args[0].op == "placeholder"}
+    between = {_scale(node) for node in made} - given - set(_results(reference))
+    return sum(float(get_attribute(reference, scale)) for scale in between)
 
 
 def _inputs(reference: QGraphModule, case: Case, batch: int) -> tuple[Tensor, ...]:

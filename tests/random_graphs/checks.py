@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 import qcore
 from qcore import ops
 from qcore.errors import GuardError, NothingToQuantizeError
+from qcore.fx.calls import as_written
 from qcore.fx.graph_module import QGraphModule, computed
-from qcore.replay.executor import as_written
+from qcore.fx.record import record_of
 from random_graphs.generate import BATCHES, RandomGraph
 
 #: Relative to the largest output, where batch norms are folded or products rewritten; and to how large inputs are, as
@@ -244,7 +245,7 @@ def _kernels_apart(case: _Case, path: str, reference: QGraphModule, lowered: QGr
     signature = getattr(reference.graph._codegen, "signature", None)
     given = list(args) if signature is None else signature.bind(args, kwargs)
     values = _values(reference, given, {})
-    plan = lowered.preparation.plan
+    plan = record_of(lowered).report()
     wanted: dict[str, tuple[Tensor, float]] = {}
     by_name = {node.name: node for node in reference.graph.nodes}
     for decision in plan.quantized:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.broadcast import factors
+from qcore_torch_kernels.kernel import KernelModule, WeightKernel, with_batch
+from qcore_torch_kernels.sums import check_sums
 from torch import Tensor
 
-from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError, ShapeError
-from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
-from qcore.sums import check_sums
+from qcore.lowering import QParams, QuantizedWeight
 from qcore_fbgemm.observers import is_depthwise, largest_sum
 
 ENGINE = "fbgemm"

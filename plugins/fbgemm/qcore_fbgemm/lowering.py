@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from qcore_torch_kernels.float_kernel import FloatKernel
+from qcore_torch_kernels.sums import why_inexact
 from torch import Tensor, nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
-from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
-from qcore.sums import why_inexact
+from qcore.lowering import Declined, LoweringRule, QuantizedCall
 from qcore_fbgemm import kernels
 from qcore_fbgemm.observers import is_depthwise, largest_sum
 
@@ -23,7 +24,6 @@ def _inexact(call: QuantizedCall, largest_pair: Callable[[Tensor], int], axis: i
         largest_pair: what a pair of weights whose products are added in 16 bits adds up to at most.
         axis: of the weight's output channels.
     """
-    assert call.weight is not None
     input = call.inputs[0] if call.inputs else None
     weight = call.weight
     if input is None:
@@ -42,7 +42,6 @@ _SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerC
 
 def conv(call: QuantizedCall) -> nn.Module | Declined:
     """A convolution."""
-    assert call.weight is not None
     _, _, _, stride, padding, dilation, groups = call.args
     padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
     if padding is None:
@@ -65,7 +64,6 @@ def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
 
 def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
     """A transposed convolution."""
-    assert call.weight is not None
     if declined := _inexact(call, _any_pair, axis=1):
         return declined
     _, _, _, stride, padding, output_padding, groups, dilation = call.args
@@ -98,7 +96,6 @@ def _takes_the_direct_kernel(weight: Tensor, padding: Any, dilation: Any, groups
 
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer."""
-    assert call.weight is not None
     if declined := _inexact(call, largest_sum):
         return declined
     if call.output is None:
@@ -108,7 +105,6 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
 
 def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer that takes its input's range at run time."""
-    assert call.weight is not None
     if call.dynamic != (0, 255):
         return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
     if declined := _inexact(call, largest_sum):

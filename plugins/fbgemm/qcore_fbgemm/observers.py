@@ -6,14 +6,10 @@ AVX-512 VNNI that is so for every kernel; with it, for the depthwise ones.
 """
 
 import torch.nn.functional as F
+from qcore_torch_kernels.pair_limited import PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 from torch import Tensor
 
-from qcore.observer import (
-    ObserverBase,
-    PairLimitedPerChannelMinMaxObserver,
-    PerChannelMinMaxObserver,
-    largest_pair_sum,
-)
+from qcore.observer import ObserverBase, PerChannelMinMaxObserver
 
 
 def neighbouring_pairs(weight: Tensor) -> Tensor:

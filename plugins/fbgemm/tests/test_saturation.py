@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.dtypes import QScheme
-from qcore.kernel import QParams, QuantizedWeight
+from qcore.lowering import QParams, QuantizedWeight
 from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver
 from qcore.testing import steps_apart
 

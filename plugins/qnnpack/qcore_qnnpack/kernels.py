@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.broadcast import factors
+from qcore_torch_kernels.kernel import KernelModule, WeightKernel, with_batch
+from qcore_torch_kernels.lookup import LookupKernel
+from qcore_torch_kernels.sums import check_sums
 from torch import Tensor, nn
 
-from qcore.broadcast import factors
 from qcore.errors import LoweringError, ShapeError
-from qcore.kernel import KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
-from qcore.lookup import LookupKernel
-from qcore.sums import check_sums
+from qcore.lowering import QParams, QuantizedWeight
 
 ENGINE = "qnnpack"
 _LIBRARY = torch.ops.quantized

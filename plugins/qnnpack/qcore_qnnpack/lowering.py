@@ -3,18 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
+from qcore_torch_kernels.float_kernel import FloatKernel
+from qcore_torch_kernels.sums import coarsened, why_inexact
 from torch import nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
-from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
-from qcore.sums import coarsened, why_inexact
+from qcore.lowering import Declined, LoweringRule, QuantizedCall
 from qcore_qnnpack import kernels
 
 
 def _inexact(call: QuantizedCall, axis: int = 0) -> Declined | None:
     """Why the kernel would compute something wrong, if it would."""
-    assert call.weight is not None
     input = call.inputs[0] if call.inputs else None
     weight = call.weight
     if input is None:
@@ -24,14 +24,12 @@ def _inexact(call: QuantizedCall, axis: int = 0) -> Declined | None:
 
 
 def _with_room_for_the_bias(call: QuantizedCall) -> QuantizedCall:
-    assert call.weight is not None
-    return replace(call, weight=coarsened(call.weight, call.bias, call.inputs[0], call.quantized_output))
+    return replace(call, weights=(coarsened(call.weight, call.bias, call.inputs[0], call.quantized_output),))
 
 
 def conv(call: QuantizedCall) -> nn.Module | Declined:
     """A convolution."""
     call = _with_room_for_the_bias(call)
-    assert call.weight is not None
     _, _, _, stride, padding, dilation, groups = call.args
     padding = _int_padding(padding, call.weight.values.shape[2:], dilation)
     if padding is None:
@@ -54,7 +52,6 @@ def _int_padding(padding: Any, kernel: Any, dilation: Any) -> list[int] | None:
 
 def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
     """A transposed convolution."""
-    assert call.weight is not None
     if declined := _inexact(call, axis=1):
         return declined
     _, _, _, stride, padding, output_padding, groups, dilation = call.args
@@ -65,7 +62,6 @@ def conv_transpose(call: QuantizedCall) -> nn.Module | Declined:
 def linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer."""
     call = _with_room_for_the_bias(call)
-    assert call.weight is not None
     if declined := _inexact(call):
         return declined
     return kernels.QLinear(call.weight, call.bias, call.quantized_output, call.inputs[0])
@@ -73,7 +69,6 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
 
 def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer that takes its input's range at run time."""
-    assert call.weight is not None
     if call.dynamic != (0, 255):
         return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
     if declined := _inexact(call):

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from qcore_torch_kernels.graph import lower
 
 from qcore.backend_config import BackendConfig
 from qcore.dtypes import QScheme
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
-from qcore.lowering import lower_with_rules
+from qcore.lowering import Lowered
 from qcore.observer import HistogramObserver, MinMaxObserver, ObserverBase, PerChannelMinMaxObserver
 from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
 from qcore.qconfig import QConfig
@@ -76,6 +76,6 @@ def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
 
 
 @hookimpl
-def qcore_lower(model: QGraphModule) -> nn.Module:
+def qcore_lower(model: QGraphModule) -> Lowered:
     """By the table of rules in ``lowering.py``."""
-    return lower_with_rules(model, RULES, enter=kernels.Quantize, leave=kernels.Dequantize)
+    return lower(model, RULES, enter=kernels.Quantize, leave=kernels.Dequantize)

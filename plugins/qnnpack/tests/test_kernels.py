@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.fx.graph_module import QGraphModule
-from qcore.kernel import QParams
+from qcore.lowering import QParams
 from qcore.testing import CASES, Case, ask_by_name, steps_apart
 
 BACKEND = "qnnpack"
@@ -279,7 +279,7 @@ def test_between_convolutions_no_thread_is_started():
     # none until something starts them.
     script = """
 import os, torch
-from qcore.kernel import QParams
+from qcore.lowering import QParams
 from qcore_qnnpack import kernels
 torch.set_num_threads(1)
 output = QParams(0.1, 128, 0, 255, torch.uint8)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from qcore_torch_kernels.kernel import PACKING
 from torch import Tensor
-
-from qcore.kernel import PACKING
 
 #: For how many input shapes a weight is packed; a further one shares the first one's of its kind.
 MAX_SHAPES = 4

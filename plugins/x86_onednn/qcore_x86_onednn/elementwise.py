@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 
 import torch
+from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor
 
-from qcore.kernel import KernelModule, QParams
+from qcore.lowering import QParams
 from qcore_x86_onednn import kernels
 from qcore_x86_onednn.integers import bounded
 

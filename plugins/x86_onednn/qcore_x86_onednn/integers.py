@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor
 
-from qcore.kernel import KernelModule, QParams, QuantizedWeight
+from qcore.lowering import QParams, QuantizedWeight
 
 
 def merge_groups(weight: Tensor, groups: int, number: int) -> Tensor:

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.broadcast import factors
+from qcore_torch_kernels.kernel import PACKING, KernelModule, WeightKernel, with_batch
+from qcore_torch_kernels.sums import check_sums
 from torch import Tensor
 
 from qcore import ops
-from qcore.broadcast import factors
 from qcore.errors import BackendUnavailableError
-from qcore.kernel import PACKING, KernelModule, QParams, QuantizedWeight, WeightKernel, with_batch
-from qcore.sums import check_sums
+from qcore.lowering import QParams, QuantizedWeight
 from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
 from qcore_x86_onednn.integers import all_weights_127, bounded, is_exact_at_the_ends, merge_groups

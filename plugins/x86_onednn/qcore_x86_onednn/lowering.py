@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from qcore_torch_kernels.float_kernel import FloatKernel
+from qcore_torch_kernels.kernel import PadKernel
+from qcore_torch_kernels.lookup import LookupKernel
+from qcore_torch_kernels.sums import why_inexact
 from torch import Tensor, nn
 
 from qcore.fx import operators as op
 from qcore.fx.operators import Operator
-from qcore.kernel import QuantizedWeight
-from qcore.lookup import LookupKernel
-from qcore.lowering import Declined, FloatKernel, LoweringRule, QuantizedCall
-from qcore.sums import why_inexact
+from qcore.lowering import Declined, LoweringRule, QuantizedCall, QuantizedWeight
 from qcore_x86_onednn import elementwise, integers, kernels
 from qcore_x86_onednn.backend_config import FUSED_ACTIVATIONS, FUSED_FIXED
 
@@ -57,7 +58,6 @@ def _weight_and_bias(call: QuantizedCall) -> tuple[QuantizedWeight, Tensor | Non
     A hard sigmoid after it is within them: ``x / 6 + 1 / 2``, cut where the integers of its fixed range end.
     """
     weight, bias = call.weight, call.bias
-    assert weight is not None
     if op.operator_of(call.nodes[-1]) is not op.HARDSIGMOID:
         return weight, bias
     sixth = torch.zeros(weight.values.shape[0], dtype=torch.float32) if bias is None else bias / 6
@@ -127,7 +127,6 @@ def linear(call: QuantizedCall) -> nn.Module | Declined:
 
 def dynamic_linear(call: QuantizedCall) -> nn.Module | Declined:
     """A linear layer that takes its input's range at run time."""
-    assert call.weight is not None
     if call.dynamic != (0, 255):
         return Declined(f"the kernel rounds to 0..255, not to {call.dynamic}")
     if declined := _inexact(call, call.weight, call.bias):
@@ -152,6 +151,16 @@ def max_pool2d(call: QuantizedCall) -> nn.Module | Declined:
 def clamp(call: QuantizedCall) -> nn.Module | Declined:
     """A clamp that no quantize absorbed; input and output have the same qparams."""
     return integers.QClamp(call.quantized_output.clamped(*call.args[1:3]))
+
+
+def pad(call: QuantizedCall) -> nn.Module | Declined:
+    """Padding by zero, which is another integer; what is padded by its own values only moves."""
+    return Declined("") if call.args[2] != "constant" else PadKernel(call.inputs[0], call.args[1], call.computed)
+
+
+def join(call: QuantizedCall) -> nn.Module | Declined:
+    """A concatenation: of integers that mean the same as they are, of others in float."""
+    return Declined("") if call.keeps_qparams else FloatKernel(call, kernels.Quantize, kernels.Dequantize)
 
 
 def interpolate(call: QuantizedCall) -> nn.Module | Declined:
@@ -211,12 +220,14 @@ RULES: tuple[LoweringRule, ...] = (
     LoweringRule(op.MEAN, mean),
     LoweringRule(op.CLAMP, clamp),
     LoweringRule(op.INTERPOLATE, interpolate),
+    LoweringRule(op.PAD, pad, takes_computed=True),
+    *(LoweringRule(operator, join, takes_computed=True) for operator in (op.CAT, op.STACK)),
     # In float these take three times as long as by table; what is left in float below, no longer.
     *(_by_table(operator) for operator in (op.SIGMOID, op.HARDSIGMOID, op.TANH, op.ELU, op.SILU, op.GELU)),
     *(
         _in_float(operator)
         for operator in (
-            *op.AVG_POOL, op.HARDSWISH, op.SOFTMAX, op.LEAKY_RELU, op.CAT, op.STACK,
+            *op.AVG_POOL, op.HARDSWISH, op.SOFTMAX, op.LEAKY_RELU,
             op.MAX_POOL[0], op.MAX_POOL[2],
         )
     ),

@@ -8,14 +8,10 @@ the time where there are many channels.
 
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.pair_limited import PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 from torch import Tensor
 
-from qcore.observer import (
-    ObserverBase,
-    PairLimitedPerChannelMinMaxObserver,
-    PerChannelMinMaxObserver,
-    largest_pair_sum,
-)
+from qcore.observer import ObserverBase, PerChannelMinMaxObserver
 
 
 def input_channel_pairs(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.lookup import LookupKernel
 from qcore_x86_onednn import kernels
 from qcore_x86_onednn.by_shape import MAX_SHAPES, by_shape
 from qcore_x86_onednn.plugin import qcore_backend_info, qcore_probe
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.fx.graph_module import QGraphModule
-from qcore.kernel import QParams
-from qcore.lookup import LookupKernel
+from qcore.lowering import QParams
 from qcore.testing import CASES, Case, ask_by_name, steps_apart
 
 BACKEND = "x86_onednn"

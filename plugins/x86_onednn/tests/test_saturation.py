@@ -18,7 +18,7 @@ import qcore
 from qcore.dtypes import QScheme
 from qcore.errors import BackendUnavailableError
 from qcore.fx.operators import LINEAR
-from qcore.kernel import QParams, QuantizedWeight
+from qcore.lowering import QParams, QuantizedWeight
 from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver, largest_pair_sum
 from qcore.testing import steps_apart
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from qcore.kernel import KernelModule
+from qcore_torch_kernels.kernel import KernelModule
 
 #: From how many elements two at a time are looked up faster than one, measured.
 _WORTH_PAIRING = 2**14

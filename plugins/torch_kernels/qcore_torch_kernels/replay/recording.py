@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qcore.replay.dispatch import DispatchMode
+from qcore.fx.dispatch import DispatchMode
 
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset

@@ -1,7 +1,7 @@
 """Who calls a converted model: a program, or something that wants to look into it.
 
 A kernel is native code on packed weights: what traces operators, or computes without data, can't follow it there. So
-vmap gets a call for each row, compilers a graph break (:mod:`qcore.replay.apart`), backward() an error, and whatever
+vmap gets a call for each row, compilers a graph break (:mod:`qcore.fx.apart`), backward() an error, and whatever
 else would see something other than what the model does gets an error at once.
 """
 
@@ -28,6 +28,13 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function gives outside of any compiled graph: for code that a compiler is tracing."""
+    from qcore.fx.apart import apart  # To import torch's compiler takes seconds.
+
+    return apart(function, *args, **kwargs)
 
 
 def are_plain(values: Iterable[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 From Python a call of an operator costs some 10 to 20 us, most of it to turn arguments into torch's own values; there,
 they are. Nothing is compiled from source: the graph is built, node by node, through the interface that torch's own
-tracer uses. Where a torch doesn't have it any more, :mod:`qcore.replay.straight_line` does the same in Python.
+tracer uses. Where a torch doesn't have it any more, ``straight_line.py`` does the same in Python.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.replay.recording import Call, NotReplayableError, Recording, Value, last_reads, values_given, values_read
+from qcore_torch_kernels.replay.recording import (
+    Call,
+    NotReplayableError,
+    Recording,
+    Value,
+    last_reads,
+    values_given,
+    values_read,
+)
 
 #: Calls in one graph; what TorchScript does with a graph takes time by the square of its length.
 MAX_CALLS = 256

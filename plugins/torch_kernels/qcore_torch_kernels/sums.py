@@ -13,7 +13,7 @@ from torch import Tensor
 from qcore.errors import LoweringError
 
 if TYPE_CHECKING:
-    from qcore.kernel import QParams, QuantizedWeight
+    from qcore.lowering import QParams, QuantizedWeight
 
 #: The largest sum, and the most steps that a result may lie from zero: the conversion to integers wraps there.
 _LARGEST = 2**31 - 1

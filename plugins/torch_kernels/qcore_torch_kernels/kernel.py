@@ -4,90 +4,27 @@ A kernel's state is plain tensors, and all that depends on calibration or weight
 besides (packed weights, Python numbers, bounds) is made of them when first needed, and again whenever they change.
 """
 
-import math
 import threading
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from qcore import ops
 from qcore.dtypes import same_dtype
 from qcore.errors import ShapeError
-from qcore.replay.callers import are_plain, is_watched, needing_gradient, opaque, watched, without_gradient
-from qcore.replay.executor import look_again
-from qcore.sums import check_sums
+from qcore.fx.callers import apart, are_plain, is_watched, needing_gradient, opaque, watched, without_gradient
+from qcore.lowering import QParams, QuantizedWeight
+from qcore_torch_kernels.replay.executor import look_again
+from qcore_torch_kernels.sums import check_sums
 
 #: Packing may need a setting of the process (torch's quantized engine), whichever backend does it: one at a time.
 PACKING = threading.RLock()
-
-
-@dataclass(frozen=True)
-class QParams:
-    """How a per-tensor quantized value maps to real numbers: ``(q - zero_point) * scale``.
-
-    Attributes:
-        scale: real value of one step.
-        zero_point: integer that represents zero.
-        quant_min: smallest integer that the value takes.
-        quant_max: largest integer that the value takes.
-        dtype: of the integers.
-        clamp: the smallest and the largest real number, where a clamp before the quantize is left to it.
-    """
-
-    scale: float
-    zero_point: int
-    quant_min: int
-    quant_max: int
-    dtype: torch.dtype
-    clamp: tuple[float, float] = (-math.inf, math.inf)
-
-    @property
-    def bounds(self) -> tuple[int, int] | None:
-        """The smallest and the largest integer, if they are not just those of the dtype.
-
-        Rounding is monotone, so to clamp and then quantize is to quantize and then clamp between the bounds' integers.
-        """
-        info = torch.iinfo(self.dtype)
-        low, high = map(self.quantize, self.clamp)
-        return None if (low, high) == (info.min, info.max) else (low, high)
-
-    def clamped(self, low: float | None, high: float | None) -> "QParams":
-        """The same for values that are clamped once more; ``None`` is no bound."""
-        most = math.inf if high is None else high
-        least = -math.inf if low is None else min(low, most)  # Of two bounds that cross, torch takes the upper one.
-        low, high = (min(max(bound, least), most) for bound in self.clamp)
-        return replace(self, clamp=(low, high))
-
-    def quantize(self, value: float) -> int:
-        """The integer that stands for a real number, just as ``qcore::quantize_per_tensor`` gives it."""
-        if math.isinf(value):
-            return self.quant_max if value > 0 else self.quant_min
-        if value == 0:  # As most bounds are; it needs no tensor.
-            return min(max(self.zero_point, self.quant_min), self.quant_max)
-        scale, real = (torch.tensor(number, dtype=torch.float32) for number in (self.scale, value))
-        arguments = (scale, torch.tensor(self.zero_point), self.quant_min, self.quant_max, torch.int32)
-        return int(ops.quantize_per_tensor(real, *arguments))
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight as integers: ``(values - zero_point) * scale``, along ``axis`` if it isn't ``None``."""
-
-    values: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    axis: int | None
-
-    @property
-    def scale_per_channel(self) -> Tensor:
-        """One scale for each output channel (axis 0), also for a weight quantized as a whole."""
-        return self.scale if self.axis is not None else self.scale.expand(self.values.shape[0]).clone()
 
 
 class _State(dict[str, "Tensor | None"]):
@@ -150,8 +87,9 @@ class KernelModule(nn.Module):
 
     Attributes:
         replayable: that the function computes with torch's operators only, and decides by shapes, strides and dtypes
-            at most, never by data. Calls are then recorded and replayed without Python (:mod:`qcore.replay`). A kernel
-            that can't promise this says ``replayable = False``, and its whole model runs from Python.
+            at most, never by data. Calls are then recorded and replayed without Python
+            (:mod:`qcore_torch_kernels.replay`). A kernel that can't promise this says ``replayable = False``, and its
+            whole model runs from Python.
         takes_float: that it rounds inputs of float32. They are cast to it where that loses nothing, and refused
             otherwise; and a gradient through the kernel is an error.
         state_counter: its version rises whenever the state changes; the kernels of a model have one.
@@ -198,8 +136,6 @@ class KernelModule(nn.Module):
     def forward(self, *inputs: Any) -> Tensor:
         """What the packed function gives."""
         if is_dynamo_compiling():
-            from qcore.replay.apart import apart
-
             return apart(self.forward, *inputs)  # type: ignore[no-any-return]
         if is_watched() or not are_plain(inputs):
             return watched(self, self.run, inputs, {})  # type: ignore[no-any-return]
@@ -277,22 +213,31 @@ class KernelModule(nn.Module):
 
 
 class PadKernel(KernelModule):
-    """Padding of integers by the one that stands for zero; called with the integers and the sizes, as ``F.pad`` is.
+    """Padding of plain integers by the one that stands for zero.
 
     Args:
         input: qparams of the input, which are the result's, too.
+        sizes: as ``F.pad`` takes them, with nodes for those that the graph computes.
+        computed: those nodes, in the order in which their values come after the input.
     """
 
     kernel_name = "pad on integers"
 
-    def __init__(self, input: QParams) -> None:
+    def __init__(self, input: QParams, sizes: Sequence[Any], computed: Sequence[fx.Node] = ()) -> None:
         super().__init__()
         self.add_qparams("input", input)
+        self.sizes = tuple(None if size in computed else size for size in sizes)
+        self.order = tuple(computed.index(size) for size in sizes if size in computed)
 
     def pack(self) -> Callable[..., Tensor]:
-        """Torch's own with its constant bound."""
-        _, zero_point = self.qparams("input")
-        return lambda x, sizes: F.pad(x, sizes, "constant", zero_point)
+        """Torch's own with its constants bound."""
+        (_, zero_point), sizes, order = self.qparams("input"), self.sizes, self.order
+
+        def run(x: Tensor, *given: int) -> Tensor:
+            remaining = iter([given[place] for place in order])
+            return F.pad(x, [next(remaining) if size is None else size for size in sizes], "constant", zero_point)
+
+        return run
 
 
 def with_batch(run: Callable[..., Tensor], rank: int, width: int) -> Callable[..., Tensor]:

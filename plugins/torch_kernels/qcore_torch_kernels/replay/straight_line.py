@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qcore.replay.recording import Recording, Value, last_reads, values_given
+from qcore_torch_kernels.replay.recording import Recording, Value, last_reads, values_given
 
 
 def as_function(recording: Recording) -> Callable[..., Sequence[Tensor]]:

@@ -8,9 +8,7 @@ the model.
 
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
@@ -21,15 +19,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _torch_module
 from torch.utils._pytree import tree_leaves
 
-from qcore.replay import torchscript
-from qcore.replay.callers import is_watched, needing_gradient, watched
-from qcore.replay.memory import keep_freed_memory
-from qcore.replay.recording import NotReplayableError, Recording, record
-from qcore.replay.straight_line import as_function
+from qcore.fx.callers import is_watched
+from qcore.fx.calls import NOTHING, Runner, threads_as_written
+from qcore.fx.graph_module import QGraphModule
+from qcore_torch_kernels.replay import torchscript
+from qcore_torch_kernels.replay.memory import keep_freed_memory
+from qcore_torch_kernels.replay.recording import NotReplayableError, Recording, record
+from qcore_torch_kernels.replay.straight_line import as_function
 
 #: How many forms of calls a model keeps recordings of; further ones run as they are written. A recording costs as much
 #: as some ten calls, so with ever new forms it wouldn't pay to let old ones go.
-MAX_FORMS = 16
+MAX_KINDS = 16
 
 _STRIDED = torch.strided
 _LITERALS = (type(None), bool, int, float, str)
@@ -37,12 +37,7 @@ _LIBRARIES = frozenset(("torch", "_operator", "math", "builtins", "qcore"))
 #: Methods that hand data to Python without an operator that a recording would see.
 _READ_DATA = frozenset(("tolist", "numpy", "data_ptr", "untyped_storage", "storage"))
 
-#: What :meth:`Executor.replay` gives where there is nothing to replay.
-NOTHING = object()
-
 _generation = 0
-#: Threads that run models as they are written. (A set: to ask for an attribute of a thread takes ten times as long.)
-_as_written: set[int] = set()
 
 _version_of = attrgetter("_version")
 
@@ -51,19 +46,6 @@ def look_again() -> None:
     """Some kernel has a new hook; whatever has recordings asks its own kernels whether it is theirs."""
     global _generation
     _generation += 1
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Within this, converted models of this thread run operator by operator from Python: to debug, or to compare."""
-    thread = threading.get_ident()
-    is_outermost = thread not in _as_written
-    _as_written.add(thread)
-    try:
-        yield
-    finally:
-        if is_outermost:
-            _as_written.remove(thread)
 
 
 @dataclass(frozen=True)
@@ -83,25 +65,11 @@ class _Program:
     requires_grad: bool
 
 
-class Executor:
-    """Runs one converted graph module.
+class Executor(Runner):
+    """Runs one converted graph, and replays what was recorded of its calls."""
 
-    Args:
-        module: the module.
-        forward: the forward that its code defines; takes the module first.
-        refusing: makes the forward for calls that need gradients; takes the module.
-    """
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        forward: Callable[..., Any],
-        refusing: Callable[[Any], Callable[..., Any]] | None = None,
-    ) -> None:
-        self._module = weakref.ref(module)  # The module holds this, and both are to go when nobody holds the module.
-        self.forward = forward
-        self.refusing = refusing or (lambda _: forward)
-        self.forward_with_gradients: Callable[..., Any] | None = None
+    def __init__(self, module: QGraphModule, forward: Callable[..., Any]) -> None:
+        super().__init__(module, forward)
         self.generation = -1
         self.is_replayable = False
         self.training = module.training
@@ -114,56 +82,34 @@ class Executor:
         self.counters: list[Tensor] = []
         self.versions: list[int] = []
 
-    @property
-    def module(self) -> fx.GraphModule:
-        """The module."""
-        module = self._module()
-        assert module is not None
-        return module
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
-        found = self.replay(args, kwargs)
+        found = self.at_once(args, kwargs)
         if found is not NOTHING:
             return found
-        form, tensors = self.form(args, kwargs)
-        if form is None:
-            return watched(self.module, self.run, args, kwargs)
-        if form in self.programs:
-            return self.run(*args, **kwargs)
-        return self.run_unknown(form, args, kwargs, tensors)
+        key, tensors = self.key(args, kwargs)
+        if key is None or key in self.programs:
+            return super().__call__(*args, **kwargs)
+        return self.run_unknown(key, args, kwargs, tensors)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's result as it is written."""
-        forward = self.forward
-        if self.needs_gradients(args, kwargs):
-            forward = self.forward_with_gradients = self.forward_with_gradients or self.refusing(self.module)
-        return forward(self.module, *args, **kwargs)
-
-    def needs_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether autograd has to know of a call."""
-        if not torch.is_grad_enabled():
-            return False
-        return needing_gradient(*self.module.parameters(), *tree_leaves((args, kwargs))) is not None
-
-    def replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def at_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result, if there is a recording of such a call, else ``NOTHING``."""
-        form, tensors = self.form(args, kwargs)
-        program = self.programs.get(form)
+        key, tensors = self.key(args, kwargs)
+        program = self.programs.get(key)
         if program is None or (program.requires_grad and torch.is_grad_enabled()):
             return NOTHING
         found = program.run(*tensors)
         return found[0] if program.is_single else program.recording.result(found)
 
-    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-        """The form of a call, ``None`` if it can only run as it is written; and the call's tensors."""
+    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """What tells kinds of calls apart, ``None`` for one that must run as it is written; and the call's tensors."""
         tensors: list[Tensor] = []
-        if is_watched() or (_as_written and threading.get_ident() in _as_written):
+        if is_watched() or (threads_as_written and threading.get_ident() in threads_as_written):
             return None, tensors
         self.look()
         if not self.is_replayable or self.has_hooks():
             return None, tensors
-        return _form_of_call(args, kwargs, tensors), tensors
+        return _key_of_call(args, kwargs, tensors), tensors
 
     def look(self) -> None:
         """Drop the recordings if the module isn't what it was."""
@@ -185,11 +131,8 @@ class Executor:
         self.is_kernel_hooked = self.is_kernel_hooked and any(self.kernel_hooks)
         return self.is_kernel_hooked or any(self.hooks)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Executor":
-        return self  # A copy of the module makes one of its own.
-
     @property
-    def replayed_forms(self) -> int:
+    def replayed_kinds(self) -> int:
         """For how many forms of calls there is a recording that was proven."""
         return sum(program is not None for program in self.programs.values())
 
@@ -216,26 +159,26 @@ class Executor:
         self.state = [(registry, tuple(registry.values())) for registry in registries if registry]
         self.training = self.module.training
 
-    def run_unknown(self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    def run_unknown(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """A call for which there is no program: note its form, or record it if the form was noted before."""
         programs, seen = self.programs, self.seen
-        is_full = len(programs) >= MAX_FORMS
-        if form not in seen and not is_full:
+        is_full = len(programs) >= MAX_KINDS
+        if key not in seen and not is_full:
             result = self.run(*args, **kwargs)
-            if len(seen) >= 16 * MAX_FORMS:
+            if len(seen) >= 16 * MAX_KINDS:
                 seen.clear()
-            seen.add(form)  # Not before: a call in another thread would be recorded while kernels are still packed.
+            seen.add(key)  # Not before: a call in another thread would be recorded while kernels are still packed.
             return result
         is_odd = any(tensor.is_quantized for tensor in tensors)
-        if is_full or is_odd or form in programs or self.needs_gradients(args, kwargs):
+        if is_full or is_odd or key in programs or self.needs_gradients(args, kwargs):
             return self.run(*args, **kwargs)
-        programs[form] = None  # Until it is proven, and for good if it isn't.
+        programs[key] = None  # Until it is proven, and for good if it isn't.
         try:
             result, recording = record(lambda: self.forward(self.module, *args, **kwargs), tensors)
         except NotReplayableError:
             return self.run(*args, **kwargs)
         except BaseException:  # The call's own error, or an interruption, says nothing of the form.
-            programs.pop(form, None)
+            programs.pop(key, None)
             raise
 
         def again(tensors: list[Tensor]) -> Any:
@@ -246,44 +189,44 @@ class Executor:
         program = _proven(recording, result, tensors, again, live)
         if program is not None:
             keep_freed_memory()
-            programs[form] = program
+            programs[key] = program
         return result
 
 
-class _UnknownFormError(Exception):
+class _UnknownKeyError(Exception):
     """An argument that isn't known well enough."""
 
 
-def _form_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+def _key_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
     """What must be the same for a recording to hold, or ``None``; collects the tensors."""
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].layout is _STRIDED:
         tensors.append(args[0])  # Most calls are such.
-        return _form_of_tensor(args[0])
+        return _key_of_tensor(args[0])
     try:
-        form = _form((args, kwargs) if kwargs else args, tensors)
-    except _UnknownFormError:
+        key = _key((args, kwargs) if kwargs else args, tensors)
+    except _UnknownKeyError:
         return None
     # A tensor that is given twice could be two tensors in another call.
-    return form if len(tensors) < 2 or len(set(map(id, tensors))) == len(tensors) else None
+    return key if len(tensors) < 2 or len(set(map(id, tensors))) == len(tensors) else None
 
 
-def _form(value: Any, tensors: list[Tensor]) -> Any:
+def _key(value: Any, tensors: list[Tensor]) -> Any:
     kind = type(value)
     if kind is Tensor or kind is nn.Parameter:
         if value.layout is not _STRIDED:
-            raise _UnknownFormError
+            raise _UnknownKeyError
         tensors.append(value)
-        return _form_of_tensor(value)
+        return _key_of_tensor(value)
     if kind is tuple or kind is list:
-        return kind, tuple([_form(entry, tensors) for entry in value])
+        return kind, tuple([_key(entry, tensors) for entry in value])
     if kind is dict:
-        return kind, tuple([(key, _form(entry, tensors)) for key, entry in value.items()])
+        return kind, tuple([(key, _key(entry, tensors)) for key, entry in value.items()])
     if kind in _LITERALS:
         return kind, value
-    raise _UnknownFormError
+    raise _UnknownKeyError
 
 
-def _form_of_tensor(tensor: Tensor) -> Any:
+def _key_of_tensor(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
