@@ -24,6 +24,7 @@ from qcore.fx.graph_module import (
     tensors_of,
 )
 from qcore.fx.nodes import new_node
+from qcore.fx.operators import GETITEM, is_tuple, operator_of
 from qcore.fx.record import record_of
 from qcore.fx.shapes import Example
 from qcore.lowering.assemble import assembled
@@ -93,7 +94,7 @@ def lower_with_engine(
     """
     record = record_of(reference)
     assert record is not None
-    levels = _levels(reference.graph, lambda node: _is_offered(node) and takes(node))
+    levels = _levels(reference.graph, _offered(takes))
     regions = _regions(levels, {name for decision in record.plan.quantized for name in decision.nodes})
     graph, modules = _outer_graph(reference, levels, regions, compiler, name)
     where = {node.name: region for region in regions for node in region.nodes}
@@ -158,9 +159,20 @@ def _levels(graph: fx.Graph, takes: Callable[[fx.Node], bool]) -> _Levels:
     return levels
 
 
-def _is_offered(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of tensors and attributes; sizes and tuples stay outside."""
-    return _is_tensor(node) and all(_is_tensor(source) for source in node.all_input_nodes)
+def _offered(takes: Callable[[fx.Node], bool]) -> Callable[[fx.Node], bool]:
+    """``takes`` for nodes that it may be asked about, and with the pieces of a tuple as one with it: it can't cross."""
+
+    def is_taken(node: fx.Node) -> bool:
+        split = node.all_input_nodes[0] if operator_of(node) is GETITEM else node
+        if is_tuple(split):
+            return all(map(_reads_tensors, (split, *split.users))) and all(map(takes, (split, *split.users)))
+        return _is_tensor(node) and _reads_tensors(node) and takes(node)
+
+    return is_taken
+
+
+def _reads_tensors(node: fx.Node) -> bool:
+    return all(_is_tensor(source) or is_tuple(source) for source in node.all_input_nodes)
 
 
 def _is_tensor(node: fx.Node) -> bool:
