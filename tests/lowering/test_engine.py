@@ -83,6 +83,7 @@ def test_explain_names_the_engine_and_what_it_does_not_take():
     plan = qcore.explain(converted)
     assert {d.operators[0]: d.kernel for d in plan.quantized} == {
         "conv2d": "interpreter", "softmax": "", "add": "interpreter", "mean": "interpreter", "linear": "interpreter",
+        "mul": "interpreter",
     }  # fmt: skip
     assert "interpreter" in str(plan)
     mapping = qcore.get_default_qconfig_mapping("interpreter").set_object_type(torch.softmax, _asked())
