@@ -16,11 +16,20 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.errors import LoweringError
-from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, adopt, get_attribute, is_persistent, place_for, set_tensor, submodule
 from qcore.fx.names import free_target, qparams_targets
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
-from qcore.fx.operators import CHUNK, PAD, SPLIT, Kind, Operator, activation_inputs, operator_named, operator_of
+from qcore.fx.operators import (
+    CHUNK,
+    PAD,
+    SPLIT,
+    Kind,
+    Operator,
+    activation_inputs,
+    operator_named,
+    operator_of,
+    pattern_keys,
+)
 from qcore.fx.patterns import pattern_problems
 from qcore.kernel import KernelModule, PadKernel, QParams, QuantizedWeight
 

@@ -13,12 +13,11 @@ from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
 from qcore.errors import PluginError
-from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, set_tensor, submodule
 from qcore.fx.match import only_reader
 from qcore.fx.names import free_target, is_free
 from qcore.fx.nodes import new_node
-from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
+from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of, pattern_keys
 from qcore.fx.shapes import Example
 from qcore.fx.signature import check_size
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from qcore.backend_config import BackendConfig, BackendPatternConfig, ObservationType
-from qcore.fx.forms import pattern_keys
-from qcore.fx.operators import Kind, activation_inputs, anchor_key, operator_of
+from qcore.fx.operators import Kind, activation_inputs, anchor_key, operator_of, pattern_keys
 
 
 @dataclass(frozen=True)

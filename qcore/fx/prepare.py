@@ -11,11 +11,11 @@ from torch import nn
 
 from qcore.backend_config import BackendConfig
 from qcore.fx.effects import keeps_no_state
-from qcore.fx.forms import MODULES
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import Preparation, QGraphModule, adopt, own_tensors, submodule
 from qcore.fx.hooks import notes_of_weights
 from qcore.fx.observe import observe
+from qcore.fx.operators import MODULES
 from qcore.fx.parts import NO_PYTHON, Part, Parts, plain_attributes, scripts_in
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver

@@ -16,10 +16,10 @@ from qcore import ops
 from qcore.backend_config import BackendConfig, DTypeConfig, DTypeWithConstraints
 from qcore.dtypes import QScheme
 from qcore.errors import ExampleInputsError
-from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute
 from qcore.fx.match import PatternTable
 from qcore.fx.names import qparams_targets
+from qcore.fx.operators import pattern_keys
 from qcore.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from qcore.plugins.manager import get_backend
 from qcore.qconfig import QConfig
