@@ -115,6 +115,27 @@ def test_every_weight_has_a_bias():
     assert all(len(op.weights) == len(op.biases) for op in operators)
 
 
+@pytest.mark.parametrize("form", [lambda x: torch.cat(x.chunk(2, 1), 1), lambda x: torch.cat(x.chunk(2, 1), dim=1)])
+def test_a_tuple_is_joined_as_its_members_are(form):
+    assert calls(form) == [("chunk", 2, 1), ("cat", 1)]
+
+
+OTHERS = {
+    "clamp by tensors": lambda x: torch.clamp(x, x.new_zeros(4), x.new_ones(4)),
+    "mean of everything": lambda x: torch.mean(x),
+    "softmax in another dtype": lambda x: torch.softmax(x, 1, torch.float64),
+    "method in another dtype": lambda x: x.softmax(1, torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_call_without_a_normal_form_is_taken_for_none(name):
+    traced, x = trace(as_module(OTHERS[name])), torch.randn(3, 4)
+    last = next(n for n in reversed(traced.graph.nodes) if n.op in ("call_function", "call_method"))
+    assert operator_of(last) is None
+    assert torch.equal(traced(x), OTHERS[name](x))
+
+
 class Inplace(nn.Module):
     def forward(self, x):
         y = x * 2

@@ -67,7 +67,9 @@ def binary(input, other, *, alpha=1) -> Arguments | None:
 
 
 def joined(tensors, dim=0) -> Arguments | None:
-    """``torch.cat``, ``torch.stack``."""
+    """``torch.cat``, ``torch.stack``; a node stands for a whole tuple, such as what ``chunk`` gives."""
+    if isinstance(tensors, fx.Node):
+        return tensors, dim
     return (list(tensors), dim) if isinstance(tensors, (list, tuple)) else None
 
 
@@ -99,9 +101,9 @@ def mean(input, dim=None, keepdim=False, *, dtype=None) -> Arguments | None:
     return input, (dim,) if isinstance(dim, int) else tuple(dim), keepdim
 
 
-def softmax(input, dim=None, _stacklevel=3, dtype=None) -> Arguments | None:
-    """``F.softmax``; and ``torch.softmax``, whose third argument is the dtype."""
-    return None if dim is None or dtype is not None or isinstance(_stacklevel, torch.dtype) else (input, dim)
+def softmax(input, dim=None, dtype=None) -> Arguments | None:
+    """``torch.softmax`` in the dtype of its input."""
+    return None if dim is None or dtype is not None else (input, dim)
 
 
 def gelu(input, approximate="none") -> Arguments | None:

@@ -103,14 +103,14 @@ class Form:
     operator: Operator | None = None
 
     def __post_init__(self) -> None:
-        self._signature = inspect.signature(self.arguments)
+        self.signature = inspect.signature(self.arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> NormalCall | None:
         """The call in normal form; raises a ``TypeError`` for arguments that the form doesn't know."""
         normal = self.arguments(*args, **kwargs)
         if normal is None:
             return None
-        inplace = self._signature.bind(*args, **kwargs).arguments.get("inplace", False)
+        inplace = self.signature.bind(*args, **kwargs).arguments.get("inplace", False)
         return NormalCall(self.operator, normal, bool(inplace))
 
 
@@ -261,7 +261,11 @@ MEAN = _operator("mean", torch.mean, Form(forms.mean, ("mean",)))
 SIGMOID = _unary("sigmoid", torch.sigmoid, (F.sigmoid, "sigmoid", "sigmoid_"), {nn.Sigmoid: ""})
 HARDSIGMOID = _unary("hardsigmoid", F.hardsigmoid, ("hardsigmoid", "hardsigmoid_"), {nn.Hardsigmoid: "inplace"})
 TANH = _unary("tanh", torch.tanh, (F.tanh, "tanh", "tanh_"), {nn.Tanh: ""})
-SOFTMAX = _operator("softmax", torch.softmax, Form(forms.softmax, (F.softmax, "softmax"), {nn.Softmax: "dim"}))
+SOFTMAX = _operator(
+    "softmax", torch.softmax,
+    Form(forms.softmax, ("softmax",), {nn.Softmax: "dim"}),
+    Form(lambda input, dim=None, _stacklevel=3, dtype=None: forms.softmax(input, dim, dtype), (F.softmax,)),
+)  # fmt: skip
 HARDSWISH = _unary("hardswish", F.hardswish, (), {nn.Hardswish: "inplace"})
 LEAKY_RELU = _operator(
     "leaky_relu", F.leaky_relu,
@@ -359,6 +363,17 @@ def operator_of(node: fx.Node) -> Operator | None:
     if node.op != "call_function" or node.kwargs:
         return None
     return _BY_FUNCTION.get(node.target)
+
+
+def kept_apart(function: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that has no normal form, so that it isn't taken for one: the last of them by keyword.
+
+    ``torch.clamp(x, low, high)`` by two tensors calls the operator's function, and is another operator.
+    """
+    names = list(FORMS[function].signature.parameters) if function in _BY_FUNCTION else []
+    if not 0 < len(args) <= len(names):
+        return args, {}
+    return args[:-1], {names[len(args) - 1]: args[-1]}
 
 
 def is_tuple(node: fx.Node) -> bool:

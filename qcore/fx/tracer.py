@@ -32,7 +32,7 @@ from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.kept_state import refuse_state
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
-from qcore.fx.operators import FORMS, MODULES, NormalCall
+from qcore.fx.operators import FORMS, MODULES, NormalCall, kept_apart
 from qcore.fx.real_calls import shares_memory
 from qcore.fx.roots import Root, Source
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
@@ -388,6 +388,8 @@ class NormalFormTracer(ExampleTracer):
                     self.aliases.rebind(written, node)
                     self._is_written = True
                     return node
+            elif kind == "call_function" and not kwargs:
+                args, kwargs = kept_apart(target, args)
         node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_fresh=written is not None)
         if written is not None:
             self._overwrite(written, node)
