@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from qcore.fx.effects import keeps_no_state
-from qcore.fx.forms import MODULES
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule, adopt, own_tensors, submodule, with_record
 from qcore.fx.hooks import notes_of_weights
 from qcore.fx.observe import observe
+from qcore.fx.operators import MODULES
 from qcore.fx.parts import NO_PYTHON, Part, Parts, scripts_in
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.record import Record, Settings

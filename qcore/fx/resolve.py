@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from qcore.fx.forms import pattern_keys
+from qcore.fx.operators import pattern_keys
 from qcore.fx.tracer import Origin
 from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name, qualified_name
