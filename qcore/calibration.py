@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qcore.errors import CalibrationError, ConfigError
-from qcore.fx.batches import ANY_FORM, CallForm
+from qcore.fx.batches import ANY_CONVENTION, InputConvention
 from qcore.fx.graph_module import partial_preparation, preparations
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -34,11 +34,11 @@ def calibrate(
             are inputs can't be told.
         CalibrationError: there are no batches.
     """
-    form = _checked(prepared, batches, inputs, progress)
+    convention = _checked(prepared, batches, inputs, progress)
     count = 0
     with torch.no_grad():
         for batch in batches if progress is None else progress(batches):
-            args, kwargs = form.call(batch if inputs is None else inputs(batch))
+            args, kwargs = convention.call(batch if inputs is None else inputs(batch))
             prepared(*args, **kwargs)
             count += 1
     if not count:
@@ -47,8 +47,8 @@ def calibrate(
         )
 
 
-def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> CallForm:
-    """The form of a call of ``prepared``, after all arguments were checked."""
+def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> InputConvention:
+    """How ``prepared`` is called, after all arguments were checked."""
     problems = []
     parts, partial = preparations(prepared), partial_preparation(prepared)
     stages = {preparation.stage for preparation in parts.values()} | ({partial.stage} if partial else set())
@@ -66,4 +66,4 @@ def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> CallFor
     if problems:
         raise ConfigError(problems)
     whole = parts.get("", parts.get("model"))  # A model with a float one beside it is called "model".
-    return next((found.form for found in (whole, partial) if found is not None and found.form is not None), ANY_FORM)
+    return next((found.convention for found in (whole, partial) if found and found.convention), ANY_CONVENTION)

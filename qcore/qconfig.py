@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -101,12 +101,12 @@ def observer_traits(constructor: ObserverConstructor) -> ObserverTraits:
             f"{constructor!r} builds a {found}, which isn't a qcore observer; import the observer from qcore.observer"
         )
     # Only a class or a spec can be told a range by the backend; what any other constructor builds, it has chosen.
-    is_open = _as_spec(constructor) is not None and not observer.has_explicit_range
+    is_open = spec_of(constructor) is not None and not observer.has_explicit_range
     fixed = (observer.scale, observer.zero_point) if isinstance(observer, FixedQParamsObserver) else None
     return ObserverTraits(
         dtype=observer.dtype,
         qscheme=observer.qscheme,
-        ch_axis=getattr(observer, "ch_axis", None),
+        ch_axis=observer.ch_axis,
         quant_min=observer.quant_min,
         quant_max=observer.quant_max,
         has_explicit_range=not is_open,
@@ -117,25 +117,8 @@ def observer_traits(constructor: ObserverConstructor) -> ObserverTraits:
     )
 
 
-def build_observer(
-    constructor: ObserverConstructor, traits: ObserverTraits, quant_min: int, quant_max: int, eps: float | None
-) -> ObserverBase:
-    """An observer with the range that the plan settled on.
-
-    Only an :class:`ObserverSpec` whose user left the range open is told; any other constructor knows its own.
-    """
-    spec = _as_spec(constructor)
-    if spec is None:
-        return constructor()
-    overrides: dict[str, Any] = {}
-    if not traits.has_explicit_range and (quant_min, quant_max) != (traits.quant_min, traits.quant_max):
-        overrides.update(quant_min=quant_min, quant_max=quant_max)
-    if traits.eps is None and eps is not None:
-        overrides.update(eps=eps)
-    return spec(**overrides)
-
-
-def _as_spec(constructor: ObserverConstructor) -> ObserverSpec | None:
+def spec_of(constructor: ObserverConstructor) -> ObserverSpec | None:
+    """A class or a spec as a spec; ``None`` for any other constructor, which can't be told anything."""
     if isinstance(constructor, ObserverSpec):
         return constructor
     if isinstance(constructor, type) and issubclass(constructor, ObserverBase):

@@ -19,7 +19,7 @@ from qcore.errors import (
     UnsupportedQConfigError,
     UnsupportedQConfigWarning,
 )
-from qcore.fx.batches import CallForm
+from qcore.fx.batches import InputConvention
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
@@ -117,7 +117,7 @@ def prepare_fx(
     config = backend_config if backend_config is not None else chosen.backend_config()
 
     args, kwargs = _call(example_inputs)
-    form = CallForm.of(model, args, kwargs)
+    convention = InputConvention.of(model, args, kwargs)
     kwargs = {**kwargs, **(concrete_args or {})}
     if tracer is not None:
         model = _traced_by(tracer, model, concrete_args)
@@ -148,7 +148,7 @@ def prepare_fx(
     if "" in prepared:
         preparation = prepared[""].preparation
         assert preparation is not None
-        result: nn.Module = prepared[""].with_preparation(replace(preparation, form=form))
+        result: nn.Module = prepared[""].with_preparation(replace(preparation, convention=convention))
     else:
         idle = {path: plan for path, plan in preparer.plans.items() if not plan.quantized}
         used: dict[int, Any] = {
@@ -157,7 +157,7 @@ def prepare_fx(
         result = twin_of(model, found.copies, used)
         keep_to_operators(result)
         result.__dict__[PARTIAL] = PartialPreparation(
-            "prepared", found.python, idle, python_decisions, found.other_weights, form
+            "prepared", found.python, idle, python_decisions, found.other_weights, convention
         )
     for part in found.parts.values():
         part.forget()
@@ -389,11 +389,11 @@ def _references(
             if hidden_attributes(names):
                 raise ConfigError(hidden_attributes(names))
             preparation = replace(preparation, preserved=names)
-        kernels = get_available_backend(preparation.backend).observers()
+        stand_ins = get_available_backend(preparation.backend).observers()
         try:
             part = submodule(prepared, path)
             assert isinstance(part, QGraphModule)
-            references[path] = convert_to_reference(part, preparation, kernels, memo)
+            references[path] = convert_to_reference(part, preparation, stand_ins, memo)
         except CalibrationError as error:
             empty.append(error)
     if empty:

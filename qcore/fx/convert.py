@@ -30,14 +30,14 @@ from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import activation_inputs, operator_of
 from qcore.fx.weights import FloatWeight, IntegerWeight, quantize_weights
-from qcore.observer import ObserverBase
+from qcore.observer import ObserverBase, StandIns
 from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
 
 
 def convert_to_reference(
     prepared: QGraphModule,
     preparation: Preparation,
-    kernels: dict[type[ObserverBase], type[ObserverBase]],
+    stand_ins: StandIns,
     memo: dict[int, Any],
 ) -> QGraphModule:
     """Replace every observer by quantize and dequantize, and every planned weight by integers.
@@ -45,7 +45,7 @@ def convert_to_reference(
     Args:
         prepared: after calibration; it isn't changed.
         preparation: what ``prepare_fx`` settled.
-        kernels: the backend's implementations of observers, for the weights.
+        stand_ins: the backend's observers in the place of others, for the weights.
         memo: of deepcopy; what the parts of a model share, their copies share.
 
     Raises:
@@ -55,7 +55,7 @@ def convert_to_reference(
     plan = preparation.plan
     observers = {number: _observer(prepared, name) for number, name in plan.observers.items()}
     _check_calibration(observers, plan)
-    return _Conversion(prepared, preparation, observers, kernels, memo).run()
+    return _Conversion(prepared, preparation, observers, stand_ins, memo).run()
 
 
 def _observer(prepared: QGraphModule, name: str) -> ObserverBase:
@@ -107,14 +107,14 @@ class _Conversion:
         prepared: QGraphModule,
         preparation: Preparation,
         observers: dict[int, ObserverBase],
-        kernels: dict[type[ObserverBase], type[ObserverBase]],
+        stand_ins: StandIns,
         memo: dict[int, Any],
     ) -> None:
         self.prepared = prepared
         self.preparation = preparation
         self.plan = preparation.plan
         self.observers = observers
-        self.kernels = kernels
+        self.stand_ins = stand_ins
         self.graph = copied_graph(prepared.graph)
         self.root = nn.Module()
         self.nodes = {node.name: node for node in self.graph.nodes}
@@ -227,7 +227,7 @@ class _Conversion:
             readers.setdefault((str(self.weight_source(reader).target), planned.tensor), []).append(reader)
         found = quantize_weights(
             [FloatWeight(name, get_attribute(self.prepared, name).detach(), tensor) for name, tensor in readers],
-            self.kernels,
+            self.stand_ins,
         )
         for weight, nodes in zip(found, readers.values(), strict=True):
             dequantize = self.store_weight(weight, self.weight_source(nodes[0]))

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from qcore.backend_config import BackendConfig
 from qcore.dtypes import same_dtype
 from qcore.errors import GuardError, NotSupportedError
-from qcore.fx.batches import CallForm
+from qcore.fx.batches import InputConvention
 from qcore.fx.nodes import copied_graph
 from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
 
@@ -36,7 +36,7 @@ class Preparation:
         path: of the module in the user's model that this is a part of; ``""`` is the whole model.
         owner: the name of that module's class.
         inputs: the name and the dtype of each tensor that the graph takes, in order.
-        form: of the call with the example inputs, for the whole model.
+        convention: how the model was called on the example inputs, for the whole model.
     """
 
     stage: str
@@ -48,7 +48,7 @@ class Preparation:
     path: str = ""
     owner: str = "the model"
     inputs: tuple[tuple[str, torch.dtype], ...] = ()
-    form: CallForm | None = None
+    convention: InputConvention | None = None
 
     def at(self, stage: str, plan: QuantizationPlan | None = None) -> "Preparation":
         """The same, at another stage."""
@@ -65,7 +65,7 @@ class PartialPreparation:
         idle: plans of modules that could be graphs, but in which nothing is quantized, by path; they were left alone.
         decisions: for what those modules call that is no graph and has no modules inside.
         other_weights: weights of which no decision speaks.
-        form: of the call with the example inputs.
+        convention: how the model was called on the example inputs.
     """
 
     stage: str
@@ -73,7 +73,7 @@ class PartialPreparation:
     idle: Mapping[str, QuantizationPlan]
     decisions: tuple[Decision, ...]
     other_weights: int
-    form: CallForm
+    convention: InputConvention
 
 
 #: Where a model that stays Python keeps its :class:`PartialPreparation`.

@@ -1,52 +1,52 @@
 """The pass that carries out the plan in the float model: it puts observers where the plan says, and decides nothing."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
 from qcore.fx.graph_module import QGraphModule
 from qcore.fx.names import free_target
 from qcore.fx.nodes import new_node
-from qcore.observer import FixedQParamsObserver, ObserverBase
-from qcore.qconfig import ObserverConstructor, build_observer
+from qcore.observer import FixedQParamsObserver, ObserverBase, StandIns
+from qcore.qconfig import spec_of
 from qcore.quantization_plan import QuantizationPlan, QuantizedTensor
 
 OBSERVER_PREFIX = "activation_post_process"
 
 
-def make_observer(tensor: QuantizedTensor, kernels: dict[type[ObserverBase], type[ObserverBase]]) -> ObserverBase:
-    """The observer of one set of qparams.
+def make_observer(tensor: QuantizedTensor, stand_ins: StandIns) -> ObserverBase:
+    """The observer of one set of qparams, with the range that the plan settled on.
+
+    Only a class or an :class:`~qcore.observer.ObserverSpec` whose user left the range open is told; any other
+    constructor knows its own.
 
     Args:
         tensor: from the plan.
-        kernels: a backend's own implementations of observers, by the class that they stand in for.
+        stand_ins: the backend's observers in the place of others.
     """
+    traits = tensor.traits
+    integers = {"quant_min": tensor.quant_min, "quant_max": tensor.quant_max}
     if tensor.fixed is not None:
-        scale, zero_point = tensor.fixed
-        return FixedQParamsObserver(
-            scale,
-            zero_point,
-            dtype=tensor.traits.dtype,
-            quant_min=tensor.quant_min,
-            quant_max=tensor.quant_max,
-        )
-    constructor: ObserverConstructor = tensor.constructor
-    observer_class = constructor if isinstance(constructor, type) else getattr(constructor, "observer", None)
-    if observer_class in kernels:
-        own = kernels[observer_class]
-        constructor = own if isinstance(constructor, type) else replace(constructor, observer=own)  # type: ignore[type-var]
-    return build_observer(constructor, tensor.traits, tensor.quant_min, tensor.quant_max, tensor.eps)
+        return FixedQParamsObserver(*tensor.fixed, dtype=traits.dtype, **integers)
+    spec = spec_of(tensor.constructor)
+    if spec is None:
+        return tensor.constructor()
+    overrides: dict[str, Any] = {}
+    if not traits.has_explicit_range and tuple(integers.values()) != (traits.quant_min, traits.quant_max):
+        overrides |= integers
+    if traits.eps is None and tensor.eps is not None:
+        overrides["eps"] = tensor.eps
+    return replace(spec, observer=stand_ins.get(spec.observer, spec.observer))(**overrides)
 
 
-def observe(
-    module: QGraphModule, plan: QuantizationPlan, kernels: dict[type[ObserverBase], type[ObserverBase]]
-) -> QuantizationPlan:
+def observe(module: QGraphModule, plan: QuantizationPlan, stand_ins: StandIns) -> QuantizationPlan:
     """Insert the plan's observers into ``module``, which must be one of qcore's own copies.
 
     Args:
         module: the traced and fused model.
         plan: what to insert.
-        kernels: the backend's implementations of observers.
+        stand_ins: the backend's observers in the place of others.
 
     Returns:
         The plan, with the observers' names.
@@ -58,7 +58,7 @@ def observe(
             number = len(names)
             name = free_target(f"{OBSERVER_PREFIX}_{number}", module)
             names[observation.tensor] = name
-            module.add_module(name, make_observer(plan.tensors[observation.tensor], kernels))
+            module.add_module(name, make_observer(plan.tensors[observation.tensor], stand_ins))
         value = nodes[observation.value]
         readers = list(value.users) if observation.readers is None else [nodes[name] for name in observation.readers]
         with module.graph.inserting_after(value):

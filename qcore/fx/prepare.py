@@ -23,7 +23,7 @@ from qcore.fx.runs import comparable
 from qcore.fx.tracer import HARMLESS, Origin
 from qcore.fx.twin import Copies, copied_value, twin_of
 from qcore.fx.verify import rewrite
-from qcore.observer import ObserverBase
+from qcore.observer import StandIns
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import object_type_name
 from qcore.quantization_plan import Decision, QuantizationPlan
@@ -37,7 +37,7 @@ class Preparer:
         traits: of every observer constructor in the mapping.
         backend: its name.
         patterns: what it fuses.
-        kernels: its implementations of observers.
+        stand_ins: its observers in the place of others.
         config: its capability, or the user's own.
         is_custom_config: whether it is the user's own.
         preserved: names of attributes of the model that the user wants kept.
@@ -54,7 +54,7 @@ class Preparer:
         traits: dict[ObserverConstructor, ObserverTraits],
         backend: str,
         patterns: Sequence[FusionPattern],
-        kernels: dict[type[ObserverBase], type[ObserverBase]],
+        stand_ins: StandIns,
         config: BackendConfig,
         is_custom_config: bool,
         preserved: Sequence[str],
@@ -64,7 +64,7 @@ class Preparer:
         self.traits = traits
         self.backend = backend
         self.patterns = patterns
-        self.kernels = kernels
+        self.stand_ins = stand_ins
         self.config = config
         self.is_custom_config = is_custom_config
         self.preserved = tuple(preserved)
@@ -95,7 +95,7 @@ class Preparer:
         plan = replace(plan, notes=(*notes_of_weights(part.module), *notes, *scripts))
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
-        plan = observe(graph, plan, self.kernels)
+        plan = observe(graph, plan, self.stand_ins)
         graph.train(part.module.training)
         names = part.signature.tensor_names
         preparation = Preparation(

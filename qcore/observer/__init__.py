@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from qcore.migration import missing_from
-from qcore.observer.base import DatalessObserver, ObserverBase, ObserverSpec, RangeObserver
+from qcore.observer.base import DatalessObserver, ObserverBase, ObserverSpec, RangeObserver, StandIns
 from qcore.observer.fixed import FixedQParamsObserver
 from qcore.observer.histogram import HistogramObserver
 from qcore.observer.min_max import MinMaxObserver, PerChannelMinMaxObserver
@@ -25,6 +25,7 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "PlaceholderObserver",
     "RangeObserver",
+    "StandIns",
     "largest_pair_sum",
 ]
 
