@@ -43,7 +43,7 @@ def calibrate(
             count += 1
     if not count:
         raise CalibrationError(
-            f"calibrate got no batches: the {type(batches).__name__} is empty, or a generator that was used up", ()
+            f"calibrate got no batches: the {type(batches).__name__} is empty, or a generator that was used up"
         )
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qcore.dtypes import QScheme
-from qcore.errors import ConfigError
-from qcore.migration import missing_from
+from qcore.errors import ConfigError, Problems
+from qcore.migration import explain_missing
 from qcore.observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -39,7 +38,7 @@ class QConfig:
     weight: ObserverConstructor
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = Problems()
         for field in ("activation", "weight"):
             value = getattr(self, field)
             if isinstance(value, nn.Module):
@@ -50,8 +49,7 @@ class QConfig:
                 )
             elif not callable(value):
                 problems.append(f"QConfig({field}=...) needs an observer constructor, found {value!r}")
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_any()
 
 
 @dataclass(frozen=True)
@@ -103,15 +101,10 @@ def observer_traits(constructor: ObserverConstructor) -> ObserverTraits:
     # Only a class or a spec can be told a range by the backend; what any other constructor builds, it has chosen.
     is_open = spec_of(constructor) is not None and not observer.has_explicit_range
     fixed = (observer.scale, observer.zero_point) if isinstance(observer, FixedQParamsObserver) else None
+    same = ("dtype", "qscheme", "ch_axis", "quant_min", "quant_max", "eps", "is_dynamic")
     return ObserverTraits(
-        dtype=observer.dtype,
-        qscheme=observer.qscheme,
-        ch_axis=observer.ch_axis,
-        quant_min=observer.quant_min,
-        quant_max=observer.quant_max,
+        **{name: getattr(observer, name) for name in same},
         has_explicit_range=not is_open,
-        eps=observer.eps,
-        is_dynamic=observer.is_dynamic,
         fixed=fixed,
         is_placeholder=isinstance(observer, PlaceholderObserver),
     )
@@ -147,5 +140,4 @@ default_weight_only_qconfig = QConfig(
 )
 
 
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

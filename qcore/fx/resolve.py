@@ -1,15 +1,15 @@
 """Which rule of a QConfigMapping speaks of an operator."""
 
-import difflib
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from qcore.errors import did_you_mean
 from qcore.fx.forms import pattern_keys
 from qcore.fx.tracer import Origin
 from qcore.qconfig import QConfig
-from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name, qualified_name
+from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name, qualified_name, rule_name
 
 _INPLACE: dict[ObjectType, ObjectType] = {
     operator.add: operator.iadd,
@@ -56,34 +56,31 @@ class Resolver:
         key = (origin.owner_path, origin.object_type, origin.index)
         ordered = self._mapping.module_name_object_type_order_qconfigs
         if key in ordered:
-            name = f"module_name {key[0]!r}, {object_type_name(key[1])} number {key[2]}"
-            return Resolution(name, ordered[key], True)
+            return Resolution(rule_name("module_name_object_type_order", *key), ordered[key], True)
         place = (origin.object_type, origin.is_module, origin.path, origin.scope_type)
         if place not in self._by_place:
-            self._by_place[place] = self._resolve_place(origin)
+            self._by_place[place] = self._resolve_place(*place)
         return self._by_place[place]
 
-    def _resolve_place(self, origin: Origin) -> Resolution:
+    def _resolve_place(self, kind: ObjectType, is_module: bool, place: str, scope: type | None) -> Resolution:
         mapping = self._mapping
-        path = origin.path
-        if not origin.is_module and origin.scope_type is not None:
-            self.scopes.add(origin.scope_type)
+        path = place
+        if not is_module and scope is not None:
+            self.scopes.add(scope)
         while path:
             if path in mapping.module_name_qconfigs:
-                specific = origin.is_module and path == origin.path
-                return Resolution(f"module_name {path!r}", mapping.module_name_qconfigs[path], specific)
+                specific = is_module and path == place
+                return Resolution(rule_name("module_name", path), mapping.module_name_qconfigs[path], specific)
             path = path.rpartition(".")[0]
         for pattern, text in self._regexes:
-            if pattern.match(origin.path):
-                return Resolution(f"module_name_regex {text!r}", mapping.module_name_regex_qconfigs[text])
-        called = (origin.object_type, _OTHER_FORM.get(origin.object_type))
-        for candidate in called if origin.is_module else (origin.scope_type, *called):
+            if pattern.match(place):
+                return Resolution(rule_name("module_name_regex", text), mapping.module_name_regex_qconfigs[text])
+        called = (kind, _OTHER_FORM.get(kind))
+        for candidate in called if is_module else (scope, *called):
             if candidate is not None and candidate in mapping.object_type_qconfigs:
-                name = f"object_type {object_type_name(candidate)}"
+                name = rule_name("object_type", candidate)
                 return Resolution(name, mapping.object_type_qconfigs[candidate], candidate in called)
-        if mapping.has_global:
-            return Resolution("global", mapping.global_qconfig)
-        return Resolution("", None)
+        return Resolution("global", mapping.global_qconfig) if mapping.has_global else Resolution("", None)
 
     def unmatched_names(self, module_paths: Iterable[str]) -> list[str]:
         """A sentence for every module name and regex of the mapping that fits no module."""
@@ -147,5 +144,5 @@ class Resolver:
 
 
 def _similar(name: str, paths: set[str]) -> str:
-    close = difflib.get_close_matches(name, paths - {""}, n=3)
-    return f"; did you mean {' or '.join(repr(path) for path in close)}?" if close else ""
+    question = did_you_mean(name, paths - {""}, most=3)
+    return f"; {question}" if question else ""

@@ -1,8 +1,6 @@
 """Observers: modules that watch tensors during calibration and say how to quantize them."""
 
-from typing import TYPE_CHECKING
-
-from qcore.migration import missing_from
+from qcore.migration import explain_missing
 from qcore.observer.base import DatalessObserver, ObserverBase, ObserverSpec, RangeObserver, StandIns
 from qcore.observer.fixed import FixedQParamsObserver
 from qcore.observer.histogram import HistogramObserver
@@ -30,5 +28,4 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

@@ -195,6 +195,6 @@ def _choose(observers: Sequence[HistogramObserver]) -> None:
         unusual = [[number] for number in range(len(members)) if number not in set(usual)]
         for numbers in (usual, *unusual):
             ends = torch.tensor([ranges[number] for number in numbers], dtype=torch.float32).reshape(-1, 2)
-            found = qparams_from_range(*ends.unbind(1), *arguments)
+            found = qparams_from_range(ends[:, 0], ends[:, 1], *arguments)
             for number, scale, zero_point in zip(numbers, *found, strict=True):
                 members[number]._chosen = scale.clone(), zero_point.clone()  # A part of a tensor would keep all of it.
