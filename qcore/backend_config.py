@@ -5,11 +5,10 @@ computes as one, with the :class:`DTypeConfig` that it accepts. Operators may be
 or a method name; qcore reads all forms of one operator as the same (``nn.ReLU``, ``F.relu``, ``"relu"``).
 """
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from numbers import Real
 from typing import Any, Self
@@ -192,19 +191,22 @@ class Condition:
             ) from error
 
 
+@dataclass(repr=False)
 class BackendPatternConfig(HasNamesake):
     """What a backend accepts for one pattern. Every setter returns the config.
 
     Args:
         pattern: an operator, or a tuple of operators in the order of execution; in a chain, every operator reads the
             one before it, and nothing else does.
+        observation_type: how the output is quantized relative to the input.
+        dtype_configs: the combinations of dtypes that it accepts.
+        condition: narrows the pattern to some of its calls.
     """
 
-    def __init__(self, pattern: Pattern | None = None) -> None:
-        self.pattern = pattern
-        self.observation_type = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
-        self.dtype_configs: list[DTypeConfig] = []
-        self.condition: Condition | None = None
+    pattern: Pattern | None = None
+    observation_type: ObservationType = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
+    dtype_configs: list[DTypeConfig] = field(default_factory=list)
+    condition: Condition | None = None
 
     def set_pattern(self, pattern: Pattern) -> Self:
         """The operator, or the chain of operators."""
@@ -233,12 +235,7 @@ class BackendPatternConfig(HasNamesake):
 
     def copy(self) -> "BackendPatternConfig":
         """One that can be changed without a change to this one."""
-        copied = copy.copy(self)
-        copied.dtype_configs = list(self.dtype_configs)
-        return copied
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BackendPatternConfig) and vars(self) == vars(other)
+        return replace(self, dtype_configs=list(self.dtype_configs))
 
     def __hash__(self) -> int:
         return hash(repr(self.pattern))
@@ -248,6 +245,7 @@ class BackendPatternConfig(HasNamesake):
         return f"BackendPatternConfig({self.pattern!r}{condition}, {len(self.dtype_configs)} dtype configs)"
 
 
+@dataclass(repr=False)
 class BackendConfig:
     """All patterns that a backend accepts. Every setter returns the config.
 
@@ -255,9 +253,8 @@ class BackendConfig:
         name: for messages.
     """
 
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-        self._configs: dict[tuple[Any, str], BackendPatternConfig] = {}
+    name: str = ""
+    _configs: dict[tuple[Any, str], BackendPatternConfig] = field(default_factory=dict, init=False)
 
     def set_name(self, name: str) -> Self:
         """The name, for messages."""
@@ -298,9 +295,6 @@ class BackendConfig:
     def configs(self) -> list[BackendPatternConfig]:
         """The patterns, in the order in which they were added."""
         return list(self._configs.values())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BackendConfig) and (self.name, self._configs) == (other.name, other._configs)
 
     def __hash__(self) -> int:
         return hash(self.name)

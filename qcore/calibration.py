@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcore.errors import CalibrationError, ConfigError
+from qcore.errors import CalibrationError, Problems
 from qcore.fx.batches import ANY_CONVENTION, InputConvention
 from qcore.fx.graph_module import partial_preparation, preparations
 
@@ -49,7 +49,7 @@ def calibrate(
 
 def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> InputConvention:
     """How ``prepared`` is called, after all arguments were checked."""
-    problems = []
+    problems = Problems()
     parts, partial = preparations(prepared), partial_preparation(prepared)
     stages = {preparation.stage for preparation in parts.values()} | ({partial.stage} if partial else set())
     if "prepared" not in stages:
@@ -63,7 +63,6 @@ def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> InputCo
     for name, value in (("inputs", inputs), ("progress", progress)):
         if value is not None and not callable(value):
             problems.append(f"{name}: expected a function, found {type(value).__name__}")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_any()
     whole = parts.get("", parts.get("model"))  # A model with a float one beside it is called "model".
     return next((found.convention for found in (whole, partial) if found and found.convention), ANY_CONVENTION)

@@ -57,15 +57,11 @@ def _cell(text: str, width: int) -> list[str]:
     """A cell's lines, broken behind a space or a dot, else anywhere."""
     lines = [""]
     for piece in re.findall(r"[^ .]*[ .]?", text):
-        while piece:
+        if len(lines[-1]) + len(piece.rstrip(" ")) > width and lines[-1].strip():
+            lines.append("  ")
+        while len(lines[-1]) + len(piece.rstrip(" ")) > width:
             room = width - len(lines[-1])
-            if len(piece.rstrip(" ")) <= room:
-                lines[-1] += piece
-                break
-            if lines[-1].strip():
-                lines.append("  ")
-            else:
-                lines[-1] += piece[:room]
-                piece = piece[room:]
-                lines.append("  ")
+            lines[-1], piece = lines[-1] + piece[:room], piece[room:]
+            lines.append("  ")
+        lines[-1] += piece
     return [line.rstrip() for line in lines]

@@ -46,7 +46,6 @@ class Resolver:
 
     def __init__(self, mapping: QConfigMapping) -> None:
         self._mapping = mapping
-        self._regexes = [(re.compile(text), text) for text in mapping.module_name_regex_qconfigs]
         #: Classes in whose forwards functions or methods were called.
         self.scopes: set[type] = set()
         self._by_place: dict[tuple[ObjectType, bool, str, type | None], Resolution] = {}
@@ -72,9 +71,9 @@ class Resolver:
                 specific = is_module and path == place
                 return Resolution(rule_name("module_name", path), mapping.module_name_qconfigs[path], specific)
             path = path.rpartition(".")[0]
-        for pattern, text in self._regexes:
-            if pattern.match(place):
-                return Resolution(rule_name("module_name_regex", text), mapping.module_name_regex_qconfigs[text])
+        for regex, qconfig in mapping.module_name_regex_qconfigs.items():
+            if re.match(regex, place):
+                return Resolution(rule_name("module_name_regex", regex), qconfig)
         called = (kind, _OTHER_FORM.get(kind))
         for candidate in called if is_module else (scope, *called):
             if candidate is not None and candidate in mapping.object_type_qconfigs:
@@ -95,12 +94,11 @@ class Resolver:
             if name not in paths:
                 order = f"set_module_name_object_type_order({name!r}, {object_type_name(kind)}, {index})"
                 problems.append(f"{order} matches no module{_similar(name, paths)}")
-        for pattern, text in self._regexes:
-            if not any(pattern.match(path) for path in paths):
-                problems.append(
-                    f"set_module_name_regex({text!r}) matches no module; it is matched from the start of paths such as "
-                    f"{', '.join(repr(path) for path in sorted(paths - {''})[:3])}"
-                )
+        some = ", ".join(repr(path) for path in sorted(paths - {""})[:3])
+        for regex in self._mapping.module_name_regex_qconfigs:
+            if not any(re.match(regex, path) for path in paths):
+                matched = f"it is matched from the start of paths such as {some}"
+                problems.append(f"set_module_name_regex({regex!r}) matches no module; {matched}")
         return problems
 
     def unmatched_orders(self, calls: Mapping[tuple[str, ObjectType], int]) -> list[str]:

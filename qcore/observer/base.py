@@ -111,24 +111,18 @@ class ObserverBase(nn.Module):
         if not is_integer(self.dtype):
             return 0, 0, False  # A placeholder for a float dtype: there is no range to choose.
         lowest, highest = dtype_range(self.dtype)
-        if (quant_min is None) != (quant_max is None):
-            raise ConfigError(
-                f"{type(self).__name__}: quant_min={quant_min} and quant_max={quant_max} must be given together"
-            )
+        if quant_min is None and quant_max is None:
+            return (lowest // 2, highest // 2, True) if self.reduce_range else (lowest, highest, False)
+        kind = type(self).__name__
         if quant_min is None or quant_max is None:
-            if self.reduce_range:
-                return lowest // 2, highest // 2, True
-            return lowest, highest, False
+            raise ConfigError(f"{kind}: quant_min={quant_min} and quant_max={quant_max} must be given together")
         if self.reduce_range:
-            raise ConfigError(f"{type(self).__name__}: give reduce_range=True or quant_min and quant_max, not both")
-        quant_min = checked_integer(quant_min, f"{type(self).__name__}: quant_min")
-        quant_max = checked_integer(quant_max, f"{type(self).__name__}: quant_max")
-        if not (lowest <= quant_min <= 0 <= quant_max <= highest and quant_min < quant_max):
-            raise ConfigError(
-                f"{type(self).__name__}: the range {quant_min}..{quant_max} must hold 0 and fit "
-                f"{dtype_name(self.dtype)} ({lowest}..{highest})"
-            )
-        return quant_min, quant_max, True
+            raise ConfigError(f"{kind}: give reduce_range=True or quant_min and quant_max, not both")
+        low, high = checked_integer(quant_min, f"{kind}: quant_min"), checked_integer(quant_max, f"{kind}: quant_max")
+        if not (lowest <= low <= 0 <= high <= highest and low < high):
+            limits = f"{dtype_name(self.dtype)} ({lowest}..{highest})"
+            raise ConfigError(f"{kind}: the range {low}..{high} must hold 0 and fit {limits}")
+        return low, high, True
 
     @classmethod
     def with_args(cls, **arguments: Any) -> ObserverSpec:
@@ -223,18 +217,13 @@ class RangeObserver(ObserverBase):
         """
         if x.numel() == 0:
             return None
-        values = in_memory_order(x.detach())
-        if values.dtype != torch.float32:
-            values = values.to(torch.float32)
+        values = in_memory_order(x.detach()).to(torch.float32)
         smallest, largest = (extreme.item() for extreme in torch.aminmax(values))
         if math.isfinite(smallest) and math.isfinite(largest):  # NaN and infinity come through aminmax.
             return values, smallest, largest
         kept = values[torch.isfinite(values)]
         self.nonfinite += values.numel() - kept.numel()
-        if kept.numel() == 0:
-            return None
-        smallest, largest = (extreme.item() for extreme in torch.aminmax(kept))
-        return kept, smallest, largest
+        return self.finite(kept)
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Smallest and largest finite value of ``x``, 0-d or one for each channel; ``None`` if there is none."""

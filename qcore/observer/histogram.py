@@ -153,7 +153,7 @@ class HistogramObserver(RangeObserver):
         values.clamp_(smallest, largest)
         if values.numel() == 1:
             values[0] = largest if abs(largest) >= abs(smallest) else smallest
-        return Histogram(counts, values, smallest, largest)
+        return Histogram(counts, values, min(smallest, 0.0), max(largest, 0.0))
 
     def reset_min_max_vals(self) -> None:
         """Forget what was seen."""

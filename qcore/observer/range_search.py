@@ -36,24 +36,14 @@ class Histogram:
     Attributes:
         counts: how many values (N,), float64.
         values: the values (N,), float64.
-        smallest: of all values.
-        largest: of all values.
+        low: the lower end of the whole range, which holds zero.
+        high: the upper end of the whole range, which holds zero.
     """
 
     counts: Tensor
     values: Tensor
-    smallest: float
-    largest: float
-
-    @property
-    def low(self) -> float:
-        """The lower end of the whole range, which holds zero."""
-        return min(self.smallest, 0.0)
-
-    @property
-    def high(self) -> float:
-        """The upper end of the whole range, which holds zero."""
-        return max(self.largest, 0.0)
+    low: float
+    high: float
 
 
 def ranges_of_least_error(
@@ -73,7 +63,8 @@ def ranges_of_least_error(
     """
     ranges = [(histogram.low, histogram.high) for histogram in histograms]
     alike: dict[tuple[int, bool], list[int]] = {}
-    for number, (histogram, (low, high)) in enumerate(zip(histograms, ranges, strict=True)):
+    for number, histogram in enumerate(histograms):
+        low, high = ranges[number]
         if low != high and histogram.values.numel() > 2:
             columns = -(-histogram.values.numel() // _ROW_STEP) * _ROW_STEP
             alike.setdefault((columns, low < 0 < high and middle is None), []).append(number)
@@ -171,6 +162,3 @@ class _Search:
                 # Not a product of matrices, whose last bits depend on how many rows it has.
                 errors[block] = steps.mul_(column).sub_(points).square_().mul_(weights).sum(2)
         return errors
-
-
-__all__ = ["FEW_VALUES", "LEAST_GAIN", "Histogram", "ranges_of_least_error"]
