@@ -80,14 +80,14 @@ class InputConvention:
 
     def by_name(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments that a mapping stands for."""
-        unknown = [name for name in batch if self.names is not None and name not in self.names]
+        names = batch if self.names is None else self.names
+        unknown = [name for name in batch if name not in names]
         if unknown:
-            assert self.names is not None
-            known = [name for name in batch if name in self.names]
+            known = [name for name in batch if name in names]
             pick = f"{{name: batch[name] for name in {known}}}" if known else "batch[...]"
             raise ConfigError(
                 f"a batch holds {', '.join(map(repr, unknown))}, and the model's forward takes "
-                f"{', '.join(self.names) or 'nothing by name'}; {_PICK.format(pick)}"
+                f"{', '.join(names) or 'nothing by name'}; {_PICK.format(pick)}"
             )
         return dict(batch)
 

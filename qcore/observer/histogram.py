@@ -84,7 +84,8 @@ class HistogramObserver(RangeObserver):
         if grid is None or smallest < grid.smallest or largest > grid.largest:
             self.update(*self.min_val.new_tensor((smallest, largest)))
             self._fit_grid()
-            grid = self._grid = self._read_grid()
+            ends, width = (float(self.min_val), float(self.max_val)), math.ldexp(1.0, -int(self.exponent))
+            grid = self._grid = _Grid(*ends, int(self.first_bin), width)
         stride = sampling_stride(values.numel())
         if stride > 1:
             values = values[::stride]
@@ -92,10 +93,6 @@ class HistogramObserver(RangeObserver):
         bins = torch.rsub(values, -grid.first_bin, alpha=-grid.per_width).to(torch.int32)
         self.histogram.add_(torch.bincount(bins, minlength=self.bins), alpha=stride)
         return x
-
-    def _read_grid(self) -> "_Grid":
-        per_width = math.ldexp(1.0, -int(self.exponent))
-        return _Grid(float(self.min_val), float(self.max_val), int(self.first_bin), per_width)
 
     def _fit_grid(self) -> None:
         """Double the bins' width until all values seen lie on the grid, and merge the bins."""
