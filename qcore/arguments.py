@@ -99,20 +99,11 @@ def _check_options(problems: Problems, options: Mapping[str, Any]) -> None:
 
 
 def _unmatched(custom: PrepareCustomConfig, model: nn.Module, paths: Sequence[str]) -> list[str]:
-    known = set(paths)
-    return [
-        *(
-            f"set_non_traceable_module_names: {name!r} is no module of the model"
-            for name in custom.non_traceable_module_names
-            if name not in known
-        ),
-        *(
-            f"set_preserved_attributes: the model has no attribute {name!r}"
-            for name in custom.preserved_attributes
-            if not hasattr(model, name)
-        ),
-        *hidden_attributes(custom.preserved_attributes),
-    ]
+    unknown = [name for name in custom.non_traceable_module_names if name not in set(paths)]
+    gone = [name for name in custom.preserved_attributes if not hasattr(model, name)]
+    problems = [f"set_non_traceable_module_names: {name!r} is no module of the model" for name in unknown]
+    problems += [f"set_preserved_attributes: the model has no attribute {name!r}" for name in gone]
+    return problems + hidden_attributes(custom.preserved_attributes)
 
 
 def check_mode(model: nn.Module) -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcore.observer import (
-    ObserverBase,
     PairLimitedPerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
+    StandIns,
     largest_pair_sum,
 )
 
@@ -72,6 +72,6 @@ def largest_sum(weight: Tensor) -> int:
     return int(largest_pair_sum(input_channel_pairs(weight)).max()) if weight.numel() else 0
 
 
-def observer_kernels() -> dict[type[ObserverBase], type[ObserverBase]]:
+def stand_ins() -> StandIns:
     """What stands in for the core's observers."""
     return {PerChannelMinMaxObserver: SaturationFreePerChannelMinMaxObserver}
