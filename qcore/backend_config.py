@@ -137,29 +137,24 @@ class DTypeConfig:
     bias_dtype: torch.dtype | None = None
     is_dynamic: bool | None = None
 
-    @property
+    @functools.cached_property
     def input_constraints(self) -> DTypeWithConstraints:
         """The input's dtype and constraints."""
         return _with_constraints(self.input_dtype)
 
-    @property
+    @functools.cached_property
     def output_constraints(self) -> DTypeWithConstraints:
         """The output's dtype and constraints."""
         return _with_constraints(self.output_dtype)
 
-    @property
+    @functools.cached_property
     def weight_constraints(self) -> DTypeWithConstraints:
         """The weight's dtype and constraints."""
         return _with_constraints(self.weight_dtype)
 
 
 def _with_constraints(dtype: torch.dtype | DTypeWithConstraints | None) -> DTypeWithConstraints:
-    return dtype if isinstance(dtype, DTypeWithConstraints) else _unconstrained(dtype)
-
-
-@functools.cache
-def _unconstrained(dtype: torch.dtype | None) -> DTypeWithConstraints:
-    return DTypeWithConstraints(dtype)
+    return dtype if isinstance(dtype, DTypeWithConstraints) else DTypeWithConstraints(dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
     │   ├── ExampleInputsError            the model doesn't run on the example inputs
     │   ├── TraceError                    the model can't be traced; names the submodule and the source line
     │   ├── NothingToQuantizeError        no operator of the model can be quantized as asked
-    │   ├── GuardError                    a call in another form than the one that was traced
+    │   ├── GuardError                    a call with other constants or containers than the traced one
     │   ├── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
     │   └── DtypeError (TypeError)        a tensor of another dtype than a quantize takes
     ├── CalibrationError                  an observer that saw no data

@@ -109,7 +109,7 @@ class QConfigMapping:
                 yield kind, key if isinstance(key, tuple) else (key,), qconfig
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping in torch.ao's dictionary form; ``""`` is left out if nothing was said of the rest."""
+        """The mapping in torch.ao's dictionary; ``""`` is left out if nothing was said of the rest."""
         made: dict[str, Any] = {"": self.global_qconfig} if self.has_global else {}
         made |= {kind: [] for kind in _KINDS}
         for kind, key, qconfig in self._entries():
@@ -118,7 +118,7 @@ class QConfigMapping:
 
     @classmethod
     def from_dict(cls, qconfig_dict: dict[str, Any]) -> Self:
-        """A mapping from torch.ao's dictionary form.
+        """A mapping from torch.ao's dictionary.
 
         Raises:
             ConfigError: keys aren't known ones, or rules are wrong; all at once.

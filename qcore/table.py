@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
 _GAP = 2
 _LEAST = 10
@@ -45,11 +46,9 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     columns = [_cell(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    height = max(len(column) for column in columns)
-    filled = [[*column, *[""] * (height - len(column))] for column in columns]
     return [
         (" " * _GAP).join(part.ljust(width) for part, width in zip(line, widths, strict=True))
-        for line in zip(*filled, strict=True)
+        for line in zip_longest(*columns, fillvalue="")
     ]
 
 

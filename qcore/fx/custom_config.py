@@ -10,7 +10,7 @@ from qcore.migration import HasNamesake, explain_missing
 
 
 class _CustomConfig(HasNamesake):
-    #: The setter of each key of torch.ao's dictionary form.
+    #: The setter of each key of torch.ao's dictionary.
     _setters: ClassVar[dict[str, str]]
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class _CustomConfig(HasNamesake):
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """A config from torch.ao's dictionary form.
+        """A config from torch.ao's dictionary.
 
         Raises:
             ConfigError: a key isn't a known one.
@@ -77,7 +77,7 @@ class PrepareCustomConfig(_CustomConfig):
         return self
 
     def set_guard_failure(self, action: str) -> Self:
-        """What to do about a call in a form that the model wasn't prepared for.
+        """What to do about a call with other constants, containers or sizes than the model was prepared for.
 
         Args:
             action: ``"error"`` raises a :class:`~qcore.errors.GuardError`; ``"float"`` keeps a float model beside the

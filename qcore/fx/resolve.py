@@ -131,14 +131,12 @@ class Resolver:
         named = ", ".join(f"set_object_type({qualified_name(kind)}, ...)" for kind in missing)
         names = sorted({qualified_name(kind) for kind in (*found, *self.scopes)})
         listed = ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+        message = f"{named}: the model calls nothing of the kind, so that changes nothing; called are: {listed}"
         held = [qualified_name(kind) for kind in missing if kind in holders]
-        hint = (
-            f". A rule for a class such as {held[0]} speaks of the functions that its own forward calls; "
-            "set_module_name speaks of all that is below a path"
-            if held
-            else ""
-        )
-        return f"{named}: the model calls nothing of the kind, so that changes nothing; called are: {listed}{hint}"
+        if held:
+            message += f". A rule for a class such as {held[0]} speaks of the functions that its own forward calls; "
+            message += "set_module_name speaks of all that is below a path"
+        return message
 
 
 def _similar(name: str, paths: set[str]) -> str:

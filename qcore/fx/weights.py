@@ -1,4 +1,4 @@
-"""The step of converting that turns weights into integers; small weights of one form are rounded together.
+"""The step of converting that turns weights into integers; small weights that are alike are rounded together.
 
 A network has many weights of one shape, and for small ones each call of torch costs more than its arithmetic. Where an
 observer treats every channel by itself, weights that differ in nothing but their values may as well be one weight with

@@ -20,6 +20,14 @@ class MinMaxObserver(RangeObserver):
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen the range by ``x`` (any shape, floating dtype) and return ``x``."""
+        seen = self.finite(x)
+        # Most tensors widen nothing, and to ask numbers costs less than to make tensors of them.
+        if seen is not None and not (self.min_val.item() <= seen[1] and seen[2] <= self.max_val.item()):
+            self.update(*self.min_val.new_tensor(seen[1:]))
+        return x
+
 
 class PerChannelMinMaxObserver(RangeObserver):
     """Running minimum and maximum of each slice along one axis.
