@@ -18,7 +18,7 @@ from qcore_qnnpack import kernels
 from qcore_qnnpack.backend_config import TRANSPOSED, backend_config
 from qcore_qnnpack.fusion import FUSION_PATTERNS
 from qcore_qnnpack.lowering import RULES
-from qcore_qnnpack.observers import OBSERVER_KERNELS
+from qcore_qnnpack.observers import STAND_INS
 
 
 @hookimpl
@@ -55,7 +55,7 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 @hookimpl
 def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
     """None of its own."""
-    return OBSERVER_KERNELS
+    return STAND_INS
 
 
 @hookimpl
