@@ -12,6 +12,8 @@ from qcore_fbgemm.observers import (
     largest_sum,
     observer_kernels,
 )
+from qcore_torch_kernels.elementwise import Quantize
+from qcore_torch_kernels.engines import has_engine
 from torch import Tensor, nn
 
 import qcore
@@ -20,7 +22,7 @@ from qcore.lowering import QParams, QuantizedWeight
 from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver
 from qcore.testing import steps_apart
 
-pytestmark = pytest.mark.skipif(kernels.ENGINE not in kernels.supported_engines(), reason="no FBGEMM here")
+pytestmark = pytest.mark.skipif(not has_engine(kernels.ENGINE), reason="no FBGEMM here")
 
 INPUT = QParams(1.0, 0, 0, 255, torch.uint8)
 OUTPUT = QParams(300.0, 0, 0, 255, torch.uint8)
@@ -57,7 +59,7 @@ def two_weights(shape: tuple[int, ...]) -> Tensor:
 def test_a_kernel_is_wrong_only_where_the_observer_expects_it(shape: tuple[int, ...], groups: int):
     every = two_weights(shape)
     channels, dimensions = shape[0], len(shape) - 2
-    x = kernels.Quantize(INPUT)(torch.full((1, shape[1] * groups, *[8] * dimensions), 255.0))
+    x = Quantize(INPUT)(torch.full((1, shape[1] * groups, *[8] * dimensions), 255.0))
     exact = round(2 * 127 * 255 / OUTPUT.scale)
     for weight in every.split(channels):
         count = len(weight)

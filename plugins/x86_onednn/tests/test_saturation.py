@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from qcore_torch_kernels.pair_limited import largest_pair_sum
 from qcore_x86_onednn import kernels
 from qcore_x86_onednn.backend_config import backend_config
 from qcore_x86_onednn.observers import SaturationFreePerChannelMinMaxObserver, input_channel_pairs, largest_sum
@@ -19,7 +20,7 @@ from qcore.dtypes import QScheme
 from qcore.errors import BackendUnavailableError
 from qcore.fx.operators import LINEAR
 from qcore.lowering import QParams, QuantizedWeight
-from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver, largest_pair_sum
+from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver
 from qcore.testing import steps_apart
 
 pytestmark = pytest.mark.skipif(bool(kernels.missing_kernels()), reason="no oneDNN here")
