@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from qcore_torch_kernels.float_kernel import FloatKernel
 from qcore_torch_kernels.graph import lower
 from qcore_torch_kernels.kernel import KernelModule
+from qcore_torch_kernels.testing import TorchKernelsConformance
 from torch import nn
 
 from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints
@@ -26,7 +27,7 @@ from qcore.observer import HistogramObserver, PerChannelMinMaxObserver
 from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
 from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import QConfigMapping
-from qcore.testing import CASES, EXTREME_CASES, BackendConformance, plugged_in
+from qcore.testing import CASES, EXTREME_CASES, plugged_in
 from qcore.testing.conformance import _WEIGHT_OBSERVERS
 
 WEIGHTED = (*op.CONV, op.LINEAR)
@@ -128,7 +129,7 @@ class Toy:
         return kernel(*inputs)
 
     def kernel(self, call):
-        kernel = Weighted(call) if call.weight is not None else FloatKernel(call, self.enter, self.leave)
+        kernel = Weighted(call) if call.weights else FloatKernel(call, self.enter, self.leave)
         return Faulty(kernel, self.wrong)
 
     def enter(self, qparams):
@@ -238,12 +239,12 @@ class Truncates(Toy):
             return torch.minimum(torch.maximum(steps, self.output_low), self.output_high).to(self.dtype)
 
     def kernel(self, call):
-        return self.Truncating(call) if call.weight is not None else super().kernel(call)
+        return self.Truncating(call) if call.weights else super().kernel(call)
 
 
 class IgnoresTheBias(Toy):
     def kernel(self, call):
-        return super().kernel(replace(call, bias=None))
+        return super().kernel(replace(call, biases=(None,)))
 
 
 class Narrow(Weighted):
@@ -260,7 +261,7 @@ class Narrow(Weighted):
 
 class SaturatesIn16Bits(Toy):
     def kernel(self, call):
-        return Narrow(call) if call.weight is not None else super().kernel(call)
+        return Narrow(call) if call.weights else super().kernel(call)
 
 
 class SaturatesIn16BitsOfInt8(SaturatesIn16Bits):
@@ -312,7 +313,7 @@ class GivesTheSameMemory(Toy):
 class IgnoresTheClamp(Toy):
     def kernel(self, call):
         made = super().kernel(call)
-        state = made.kernel if call.weight is not None else made.kernel.enter
+        state = made.kernel if call.weights else made.kernel.enter
         state.output_low.fill_(0)
         state.output_high.fill_(255)
         return made
@@ -343,7 +344,7 @@ class KeepsItsWeightOutOfItsState(Toy):
             return {**super().__getstate__(), "_buffers": {**self._buffers, "weight": self.weight * 0}}
 
     def kernel(self, call):
-        return self.Packed(call) if call.weight is not None else super().kernel(call)
+        return self.Packed(call) if call.weights else super().kernel(call)
 
 
 class ComputesOneImage(Toy):
@@ -433,7 +434,7 @@ LOADED = "test_a_state_dict_makes_a_twin_the_same_model"
 CLAIMS = "test_what_the_backend_claims_ends_in_a_kernel"
 SATURATES = "test_nothing_saturates_at_the_ends_of_the_ranges"
 DEFAULT = "test_the_default_mapping_gives_kernels_at_the_ends_of_the_ranges"
-REPLAYED = "test_replayed_calls_compute_the_same_bits"
+REPLAYED = "test_calls_of_one_kind_compute_the_same_bits"
 EMPTY = "test_an_empty_batch_gives_an_empty_result"
 REFUSED = "test_a_shape_that_the_float_model_refuses_is_refused"
 HOOKS = "test_the_hooks_leave_the_process_as_it_is"
@@ -484,7 +485,7 @@ def suite():
     """Makes a conformance suite of a toy backend, of which single checks are called."""
 
     def check(toy, method, *arguments):
-        class Suite(BackendConformance):
+        class Suite(TorchKernelsConformance):
             backend = "toy"
 
         cases = EXTREME_CASES if method in (SATURATES, DEFAULT) else CASES

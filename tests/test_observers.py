@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcore_torch_kernels.pair_limited import PAIR_LIMIT, PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 
 from qcore import (
     DTypeWithConstraints,
@@ -21,7 +22,6 @@ from qcore import (
     QScheme,
 )
 from qcore.errors import ConfigError
-from qcore.observer import PAIR_LIMIT, PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 from qcore.observer.base import in_memory_order
 from qcore.observer.histogram import LARGEST_SAMPLE, LEAST_SAMPLE, WHOLE_LIMIT, sampling_stride
 from qcore.observer.min_max import sum_preserving_round

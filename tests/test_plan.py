@@ -54,7 +54,7 @@ def prepare(made, mapping=None, shape=(2, 4, 6, 6), config=None, **arguments):
 
 def observed(prepared):
     """Observed values with the number of their observer, in the order of execution."""
-    return [(node.args[0].name, number) for node, number in observer_nodes(prepared, qcore.explain(prepared))]
+    return [(node.args[0].name, number) for node, number in observer_nodes(prepared, qcore.explain(prepared).observers)]
 
 
 def conv(**arguments):

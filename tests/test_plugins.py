@@ -116,7 +116,7 @@ def test_the_lowering_gets_the_reference_model_and_gives_the_result(install):
 
     def lower(model):
         seen.append(record_of(model).stage)
-        return Compiled(model)
+        return Lowered(Compiled(model))
 
     install("toy", plugin(qcore_lower=lower))
     model = prepared("toy")
@@ -393,17 +393,17 @@ def edits_graph(model):
     with model.graph.inserting_before(node):
         node.args = (model.graph.call_function(torch.neg, node.args),)
     model.recompile()
-    return model
+    return Lowered(model)
 
 
 def edits_tensor(model):
     next(iter(model.buffers())).mul_(2)
-    return Twice(model)
+    return Lowered(Twice(model))
 
 
 def edits_modules(model):
     model.register_buffer("extra", torch.ones(1))
-    return Twice(model)
+    return Lowered(Twice(model))
 
 
 def config(*elements, **changes):

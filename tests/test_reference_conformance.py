@@ -4,6 +4,5 @@ from qcore.testing import BackendConformance
 
 
 class TestConformance(BackendConformance):
-    replays = False  # Its models are what converted ones are held against: they run as they are written.
     lowers = False
     backend = "reference"

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from qcore_torch_kernels.pair_limited import PairLimitedPerChannelMinMaxObserver
 from torch import nn
 
 import qcore
 from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
 from qcore.errors import ConfigError
 from qcore.fx.weights import FloatWeight, quantize_weights
-from qcore.observer import PairLimitedPerChannelMinMaxObserver
 from qcore.qconfig import observer_traits
-from qcore.quantization_plan import QuantizedTensor
+from qcore.quantization_plan import QParamsSpec
 
 
 class NeighboursLimited(PairLimitedPerChannelMinMaxObserver):
@@ -24,7 +24,7 @@ class NeighboursLimited(PairLimitedPerChannelMinMaxObserver):
 
 def tensor(constructor):
     traits = observer_traits(constructor)
-    return QuantizedTensor(constructor, traits, traits.quant_min, traits.quant_max)
+    return QParamsSpec(constructor, traits, traits.quant_min, traits.quant_max)
 
 
 PER_CHANNEL = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)

@@ -30,11 +30,11 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
-def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a function gives outside of any compiled graph: for code that a compiler is tracing."""
+def outside() -> Callable[..., Any]:
+    """What calls a function outside of any compiled graph; for code that a compiler may be tracing."""
     from qcore.fx.apart import apart  # To import torch's compiler takes seconds.
 
-    return apart(function, *args, **kwargs)
+    return apart  # type: ignore[no-any-return]
 
 
 def are_plain(values: Iterable[Any]) -> bool:
@@ -177,9 +177,10 @@ def needing_gradient(*values: Any) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor) and value.requires_grad), None)
 
 
-def without_gradient(result: Tensor, needing: Tensor | None) -> Tensor:
+def without_gradient(result: Any, needing: Tensor | None) -> Any:
     """A kernel's result, of which ``backward()`` raises an error if a tensor that it is made of needs a gradient."""
+    if isinstance(result, tuple):
+        return tuple(without_gradient(entry, needing) for entry in result)
     if needing is None or not result.is_floating_point() or result.requires_grad:
         return result  # Integers hand the error on to what is made of them.
-    made: Tensor = _NoGradient.apply(result, needing)  # type: ignore[no-untyped-call]
-    return made
+    return _NoGradient.apply(result, needing)  # type: ignore[no-untyped-call]

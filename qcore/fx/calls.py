@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from qcore import ops
 from qcore.errors import DtypeError, GuardError, NotSupportedError, QcoreError
-from qcore.fx.callers import apart, is_watched, needing_gradient, watched
+from qcore.fx.callers import needing_gradient, outside, watched
 from qcore.fx.graph_module import QGraphModule
 from qcore.fx.record import Record, record_of
 from qcore.fx.signature import SignatureCodeGen
@@ -68,7 +68,7 @@ def call_of_raw() -> Callable[..., Any]:
 
     def call(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return apart(self, *args, **kwargs)
+            return outside()(self, *args, **kwargs)
         self.finish()
         return self(*args, **kwargs)
 
@@ -103,8 +103,8 @@ class Runner:
         return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The graph's result."""
-        return watched(self.module, self.run, args, kwargs) if is_watched() else self.run(*args, **kwargs)
+        """The graph's result, if whoever calls can be told the truth."""
+        return watched(self.module, self.run, args, kwargs)
 
     def at_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The graph's result without a call of the module, or ``NOTHING``."""
@@ -137,7 +137,7 @@ def _converted(module: QGraphModule, forward: Callable[..., Any]) -> Callable[..
     @_with_own_code
     def run(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return apart(self.forward, *args, **kwargs)
+            return outside()(self.forward, *args, **kwargs)
         try:
             return self.__dict__["_runner"](*args, **kwargs)
         except Exception as error:
@@ -147,7 +147,7 @@ def _converted(module: QGraphModule, forward: Callable[..., Any]) -> Callable[..
     @_with_own_code
     def called(self: QGraphModule, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return apart(self, *args, **kwargs)
+            return outside()(self, *args, **kwargs)
         if "forward" in self.__dict__ or type(self).forward is not wrapped:
             return call(self, *args, **kwargs)
         # The way through torch's own call takes as long as all that is looked at before a replay.
@@ -184,7 +184,7 @@ def _straight(module: QGraphModule) -> Callable[..., Any]:
     if found is not None:
         return found
     if is_dynamo_compiling():
-        return apart(_straight, module)  # type: ignore[no-any-return]
+        return outside()(_straight, module)  # type: ignore[no-any-return]
     from qcore.fx.gradients import straight_through
 
     made = module.__dict__["_straight"] = straight_through(module)

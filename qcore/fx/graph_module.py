@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from qcore.dtypes import same_dtype
 from qcore.errors import NotSupportedError
-from qcore.fx.callers import apart
+from qcore.fx.callers import outside
 from qcore.fx.nodes import copied_graph
 from qcore.fx.record import RECORD, Record, record_of
 
@@ -172,7 +172,7 @@ class _ForwardWhenAsked:
     def outside_of_compilers(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()
         assert module is not None
-        return apart(module, *args, **kwargs)
+        return outside()(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)

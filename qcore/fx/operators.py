@@ -142,6 +142,12 @@ def operator_of(node: fx.Node) -> Operator | None:
     return _BY_FUNCTION.get(node.target)
 
 
+def has_weights(node: fx.Node) -> bool:
+    """Whether a node's operator has weights."""
+    op = operator_of(node)
+    return op is not None and bool(op.weights)
+
+
 def is_tuple(node: fx.Node) -> bool:
     """Whether a node gives several tensors at once, each of which a ``getitem`` then takes out."""
     return operator_of(node) in (CHUNK, SPLIT)

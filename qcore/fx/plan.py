@@ -17,7 +17,7 @@ from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.graph_module import submodule
 from qcore.fx.hooks import hook_of
 from qcore.fx.match import Match, PatternTable, find_matches
-from qcore.fx.operators import CLAMP, GETITEM, Kind, is_tuple, operator_of
+from qcore.fx.operators import CLAMP, GETITEM, Kind, has_weights, is_tuple, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
 from qcore.fx.tracer import Origin
@@ -275,8 +275,7 @@ class _Planner:
         problem = self.weight_problem(match)
         if problem:
             return problem, resolution.is_specific, None
-        op = operator_of(match.anchor)
-        if self.traits[qconfig.activation].is_placeholder and (op is None or op.weight is None):
+        if self.traits[qconfig.activation].is_placeholder and not has_weights(match.anchor):
             return "its qconfig is for operators with weights", resolution.is_specific, None
         if self.saves_nothing(match, resolution, qconfig):
             return "it has no weights, and integers wouldn't save a conversion here", None, None
@@ -294,10 +293,8 @@ class _Planner:
 
     def weight_problem(self, match: Match) -> str:
         op = operator_of(match.anchor)
-        if op is None or op.weight is None:
-            return ""
-        weight = match.anchor.args[op.weight]
-        constant = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        weights = [match.anchor.args[place] for place in op.weights] if op is not None else []
+        constant = all(isinstance(weight, fx.Node) and weight.op == "get_attr" for weight in weights)
         return "" if constant else "its weight is computed, not a parameter"
 
     def refusal(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str | None:
@@ -322,12 +319,12 @@ class _Planner:
             if problem:
                 return problem
         op = operator_of(match.anchor)
-        if op is not None and op.bias is not None:
-            bias = match.anchor.args[op.bias]
+        for place in op.biases if op is not None else ():
+            bias = match.anchor.args[place]
             example = bias.meta.get("example") if isinstance(bias, fx.Node) else None
             if example is not None and dtype_config.bias_dtype not in (None, example.dtype):
                 return f"bias dtype {dtype_name(example.dtype)}, it takes {dtype_name(dtype_config.bias_dtype)}"
-        if op is not None and op.weight is not None:
+        if has_weights(match.anchor):
             return violation("weight", self.traits[qconfig.weight], dtype_config.weight_constraints, True)
         return None
 
@@ -338,9 +335,8 @@ class _Planner:
         computed in integers, its float inputs are quantized and its result dequantized for whoever wants floats. Where
         that comes to the same, it is float if an operator reads it as float: that saves a rounding.
         """
-        op = operator_of(match.anchor)
         inputs = set(match.inputs())
-        if resolution.is_specific or op is None or op.weight is not None:
+        if resolution.is_specific or operator_of(match.anchor) is None or has_weights(match.anchor):
             return False
         if match.config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT:
             return False  # It costs nothing on integers, and ``place`` refuses it on floats.
@@ -371,13 +367,12 @@ class _Planner:
         moves elements follows what it moves.
         """
         for match in matches:
-            op = operator_of(match.anchor)
             resolution = self.resolution(match.anchor)
             if resolution.qconfig is None:
                 continue
             if self.traits[resolution.qconfig.activation].is_placeholder:
                 continue  # It reads and gives float.
-            if resolution.is_specific or (op is not None and op.weight is not None):
+            if resolution.is_specific or has_weights(match.anchor):
                 self.likely[match.result] = not self.weight_problem(match)
             else:
                 self.likely[match.result] = all(self.likely.get(node, False) for node in match.inputs())
@@ -393,7 +388,8 @@ class _Planner:
             if dtype_config.is_dynamic:
                 bounds = bounds_within(self.traits[qconfig.activation], dtype_config.input_constraints)
                 self.dynamic[match.anchor.name] = bounds
-            return self.place_weight(match, qconfig, dtype_config)
+            self.place_weights(match, qconfig, dtype_config)
+            return ""
         if len(known) < len(inputs) and self.traits[qconfig.activation].fixed:
             return "its input is float, and the fixed qparams of its qconfig are for its output"
         numbers = [self.read(node, match, qconfig, dtype_config) for node in inputs]
@@ -409,14 +405,14 @@ class _Planner:
             self.values.observed[match.result] = output
             for clamp in match.nodes[len(match.nodes) - match.clamps :]:
                 self.absorbed[clamp.name] = match.result.name
-        return self.place_weight(match, qconfig, dtype_config)
-
-    def place_weight(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> str:
-        op = operator_of(match.anchor)
-        if op is not None and op.weight is not None:
-            spec = constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
-            self.weights.append(WeightQuantization(match.anchor.name, op.weight, spec))
+        self.place_weights(match, qconfig, dtype_config)
         return ""
+
+    def place_weights(self, match: Match, qconfig: QConfig, dtype_config: DTypeConfig) -> None:
+        op = operator_of(match.anchor)
+        for place in op.weights if op is not None else ():
+            spec = constrained(qconfig.weight, self.traits[qconfig.weight], dtype_config.weight_constraints)
+            self.weights.append(WeightQuantization(match.anchor.name, place, spec))
 
     def may_give_float(self, match: Match) -> bool:
         """Whether a kernel may as well give float: nobody wants the result as integers, so a rounding is saved.

@@ -124,8 +124,15 @@ def records(model: Any) -> dict[str, Record]:
     """The records within a model, by path, that of its host first; empty for what no verb returned."""
     if not isinstance(model, nn.Module):
         return {}
-    modules = host_of(model).named_modules()
-    return {path: record for path, module in modules if (record := record_of(module)) is not None}
+    found: dict[str, Record] = {}
+    inside: str | None = None
+    for path, module in host_of(model).named_modules():
+        record = None if inside is not None and path.startswith(inside) else record_of(module)
+        if record is not None:
+            found[path] = record
+            if not record.plan.python:  # There are no parts within a graph, whatever a backend made of it.
+                inside = f"{path}." if path else ""
+    return found
 
 
 def plan_of(found: Mapping[str, Record]) -> QuantizationPlan:

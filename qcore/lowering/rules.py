@@ -19,12 +19,12 @@ from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.errors import LoweringError
 from qcore.fx.forms import pattern_keys
-from qcore.fx.graph_module import QGraphModule, adopt, get_attribute, is_persistent, place_for, set_tensor, submodule
-from qcore.fx.names import free_target
+from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, operator_of
 from qcore.fx.patterns import pattern_problems
 from qcore.fx.record import Record, record_of
+from qcore.lowering.assemble import assembled
 from qcore.lowering.lowered import Lowered
 from qcore.lowering.qparams import QParams, QuantizedWeight
 from qcore.quantization_plan import Decision
@@ -206,12 +206,7 @@ class _Lowering:
         drop_unread(self.graph)
         self.cross_boundaries()
         drop_unread(self.graph)
-        module = graph_class.of(nn.Module(), self.graph, is_raw=True)
-        for name in self.record.preserved:
-            adopt(module, self.reference, name)
-        self.take_attributes(module)
-        self.name_modules(module)
-        return module
+        return assembled(self.reference, self.graph, self.modules, graph_class)
 
     def integers(self, value: fx.Node) -> tuple[fx.Node, _Key] | None:
         """The node that gives a value as integers, and what tells its qparams; ``None`` if it is float only."""
@@ -361,24 +356,6 @@ class _Lowering:
         node = new_node(self.graph, "call_module", name, args)
         self.modules[node] = module
         return node
-
-    def take_attributes(self, module: QGraphModule) -> None:
-        """Take what is left of the reference model; modules first, since a tensor may be one of theirs."""
-        for node in self.graph.nodes:
-            if node.op == "call_module" and node not in self.modules:
-                owner, _, name = str(node.target).rpartition(".")
-                place_for(module, owner)._modules[name] = submodule(self.reference, str(node.target))
-        for node in self.graph.nodes:
-            if node.op == "get_attr":
-                target = str(node.target)
-                set_tensor(module, target, get_attribute(self.reference, target), is_persistent(self.reference, target))
-
-    def name_modules(self, module: QGraphModule) -> None:
-        """Put the backend's modules at names that are free: their nodes', if nothing of the user's is called that."""
-        for node in self.graph.nodes:
-            if node in self.modules:
-                node.target = free_target(str(node.target), module)
-                module._modules[node.target] = self.modules[node]
 
 
 def _node(argument: Any) -> fx.Node:

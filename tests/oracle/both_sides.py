@@ -150,7 +150,7 @@ def their_placement(prepared):
 
 def our_placement(prepared):
     names, first, found = Names(), {}, {}
-    for node, number in observer_nodes(prepared, qcore.explain(prepared)):
+    for node, number in observer_nodes(prepared, qcore.explain(prepared).observers):
         name = our_name(names, node.args[0])
         found[name] = first.setdefault(number, name)
     return found

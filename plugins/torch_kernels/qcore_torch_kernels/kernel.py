@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from qcore import ops
 from qcore.dtypes import same_dtype
 from qcore.errors import ShapeError
-from qcore.fx.callers import apart, are_plain, is_watched, needing_gradient, opaque, watched, without_gradient
+from qcore.fx.callers import are_plain, is_watched, needing_gradient, opaque, outside, watched, without_gradient
 from qcore.lowering import QParams, QuantizedWeight
 from qcore_torch_kernels.replay.executor import look_again
 from qcore_torch_kernels.sums import check_sums
@@ -135,7 +135,7 @@ class KernelModule(nn.Module):
     def forward(self, *inputs: Any) -> Tensor:
         """What the packed function gives."""
         if is_dynamo_compiling():
-            return apart(self.forward, *inputs)  # type: ignore[no-any-return]
+            return outside()(self.forward, *inputs)  # type: ignore[no-any-return]
         if is_watched() or not are_plain(inputs):
             return watched(self, self.run, inputs, {})  # type: ignore[no-any-return]
         return self.run(*inputs)
@@ -151,7 +151,7 @@ class KernelModule(nn.Module):
         needing = needing_gradient(*inputs) if torch.is_grad_enabled() else None
         with torch.no_grad():
             result = run(*map(ops.as_float32, inputs))
-        return without_gradient(result, needing)
+        return without_gradient(result, needing)  # type: ignore[no-any-return]
 
     def packed(self) -> Any:
         """What ``pack`` gave, made once for a state; no two kernels of a process are packed at the same time."""

@@ -1,6 +1,9 @@
-"""What backends on torch's kernels promise beyond the core's conformance suite: a pytest class to derive from.
+"""Suites for backends on this library: the core's conformance suite, and what such backends promise beyond it.
 
-from qcore_torch_kernels.testing import EngineSuite
+from qcore_torch_kernels.testing import EngineSuite, TorchKernelsConformance
+
+class TestConformance(TorchKernelsConformance):
+    backend = "mychip"
 
 class TestKernels(EngineSuite):
     backend = "mychip"
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 import qcore
 from qcore.fx.graph_module import QGraphModule
 from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver
-from qcore.testing import CASES, Case, ask_by_name, steps_apart
+from qcore.testing import CASES, BackendConformance, Case, ask_by_name, steps_apart
 from qcore_torch_kernels.engines import supported_engines
+from qcore_torch_kernels.graph import replayed_kinds
 
 _WARNS_NOBODY = """
 import torch, qcore
@@ -33,6 +37,21 @@ prepared = qcore.prepare_fx(model.eval(), qcore.get_default_qconfig_mapping({bac
 prepared(x)
 qcore.convert_fx(prepared)(x)
 """
+
+
+class TorchKernelsConformance(BackendConformance):
+    """The core's suite, and that calls are replayed. Subclass it in a test module and name the backend.
+
+    Attributes:
+        replays: whether all kernels are ``replayable``, so that recordings stand for calls.
+    """
+
+    replays: ClassVar[bool] = True
+
+    def check_after_calls(self, converted: nn.Module) -> None:
+        """From the third call of a kind on, a recording is replayed."""
+        assert isinstance(converted, QGraphModule)
+        assert replayed_kinds(converted) == int(self.replays)
 
 
 class Calling(nn.Module):
@@ -81,7 +100,9 @@ def make(
     prepared = qcore.prepare_fx(model.eval(), mapping, inputs, backend=backend, on_unsupported="ignore")
     with torch.no_grad():
         prepared(*inputs)
-    return qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
+    reference = qcore.convert_to_reference_fx(prepared)
+    assert isinstance(reference, QGraphModule)
+    return reference, qcore.convert_fx(prepared)
 
 
 def steps(models: tuple[QGraphModule, nn.Module], *inputs: Tensor) -> float:
@@ -292,7 +313,7 @@ class KernelSuite:
         """Nothing is rounded once more."""
         for arguments in ({"scale_factor": 2}, {"size": [7, 3][: len(shape) - 2]}):
             x = torch.randn(shape)
-            models = self.make(nn.Sequential(kind(4, 4, 1), nn.Upsample(**arguments, mode=mode)), x)  # type: ignore[arg-type]
+            models = self.make(nn.Sequential(kind(4, 4, 1), nn.Upsample(**arguments, mode=mode)), x)
             assert kernel_names(models[1])[-1] == "interpolate on integers"
             assert steps(models, x) <= 1.01
 

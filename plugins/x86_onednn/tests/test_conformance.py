@@ -1,9 +1,9 @@
-"""The backend against the core's conformance suite."""
+"""The backend against the conformance suite."""
 
-from qcore.testing import BackendConformance
+from qcore_torch_kernels.testing import TorchKernelsConformance
 
 
-class TestConformance(BackendConformance):
+class TestConformance(TorchKernelsConformance):
     backend = "x86_onednn"
     declines = {  # noqa: RUF012
         "conv2d padding same, even kernel": "isn't symmetric here",

@@ -88,8 +88,10 @@ class Executor(Runner):
         if found is not NOTHING:
             return found
         key, tensors = self.key(args, kwargs)
-        if key is None or key in self.programs:
+        if key is None:
             return super().__call__(*args, **kwargs)
+        if key in self.programs:
+            return self.run(*args, **kwargs)
         return self.run_unknown(key, args, kwargs, tensors)
 
     def at_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,186 @@
+"""Lowering by an engine that compiles subgraphs: explain(), parts, pickling, state and guards, and conformance."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qcore
+from qcore.errors import GuardError, NotSupportedError
+from qcore.lowering import EngineCall
+from qcore.testing import CASES, BackendConformance, plugged_in
+from tests.lowering import engine_backend
+
+X = torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def installed() -> Iterator[None]:
+    with plugged_in(engine_backend.NAME, engine_backend):
+        yield
+
+
+class TestConformance(BackendConformance):
+    backend = engine_backend.NAME
+    declines = {  # noqa: RUF012
+        case.name: "doesn't take it" for case in CASES if case.name.split()[0] in engine_backend.UNKNOWN
+    }
+
+
+class Net(nn.Module):
+    """Two convolutions around a part that the engine doesn't take, and a sum across it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x, doubled=False):
+        x = F.relu(self.first(x))
+        y = self.second(torch.softmax(x, 1))
+        return self.head((x + y).mean((2, 3))) * (2 if doubled else 1)
+
+
+class Around(nn.Module):
+    """A model that decides by data, so that it stays Python around its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Net(), Net()
+        self.title = "two nets"
+
+    def forward(self, x):
+        one, other = self.one(x), self.other(x)
+        return one if x.sum() > 0 else other - one
+
+
+def both(model, *inputs, backend=engine_backend.NAME, **arguments):
+    """The reference model and the converted one."""
+    mapping = qcore.get_default_qconfig_mapping(backend)
+    prepared = qcore.prepare_fx(model.eval(), mapping, inputs, backend=backend, **arguments)
+    qcore.calibrate(prepared, [inputs])
+    return qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
+
+
+def calls(model):
+    return [module for module in model.modules() if isinstance(module, EngineCall)]
+
+
+def test_the_largest_subgraphs_are_one_call_each():
+    reference, converted = both(Net(), X)
+    assert len(calls(converted)) == 2  # Before and after the softmax; the sum reads from both.
+    assert torch.equal(converted(X), reference(X))
+    batch = torch.randn(5, 3, 8, 8)
+    assert torch.equal(converted(batch), reference(batch))
+
+
+def test_explain_names_the_engine_and_what_it_does_not_take():
+    _, converted = both(Net(), X)
+    plan = qcore.explain(converted)
+    assert {d.operators[0]: d.kernel for d in plan.quantized} == {
+        "conv2d": "interpreter", "softmax": "", "add": "interpreter", "mean": "interpreter", "linear": "interpreter",
+        "mul": "interpreter",
+    }  # fmt: skip
+    assert "interpreter" in str(plan)
+    mapping = qcore.get_default_qconfig_mapping("interpreter").set_object_type(torch.softmax, _asked())
+    prepared = qcore.prepare_fx(Net().eval(), mapping, (X,), backend="interpreter")
+    prepared(X)
+    plan = qcore.explain(qcore.convert_fx(prepared))
+    (softmax,) = [d for d in plan.quantized if d.operators == ("softmax",)]
+    assert softmax.kernel == "" and "interpreter doesn't take it" in softmax.reason
+
+
+def _asked():
+    return qcore.get_default_qconfig_mapping("interpreter").global_qconfig
+
+
+def test_it_compiles_once_for_each_shape_and_again_when_the_state_changes():
+    reference, converted = both(nn.Sequential(nn.Conv2d(3, 4, 1)), X)
+    engine_backend.compiled.clear()
+    for _ in range(3):
+        converted(X)
+    converted(X[:1])
+    assert [inputs[0].shape for inputs in engine_backend.compiled] == [(2, 3, 8, 8), (1, 3, 8, 8)]
+    state = {name: value.clone() for name, value in converted.state_dict().items()}
+    for value in converted.state_dict().values():
+        if value.dtype == torch.int8:
+            value.neg_()
+    assert not torch.equal(converted(X), reference(X))
+    converted.load_state_dict(state)
+    assert torch.equal(converted(X), reference(X))
+
+
+def test_copies_and_pickles_compute_the_same_and_hold_nothing_compiled():
+    reference, converted = both(Net(), X)
+    expected = converted(X)
+    for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert all(call._made == (None, {}) for call in calls(other))
+        assert torch.equal(other(X), expected)
+        assert qcore.explain(other) == qcore.explain(converted)
+    assert torch.equal(expected, reference(X))
+
+
+def test_parts_of_a_model_that_stays_python_are_engine_calls():
+    reference, converted = both(Around(), X)
+    assert isinstance(converted, Around) and converted.title == "two nets"
+    assert len(calls(converted)) == 4
+    for x in (X.abs(), -X.abs()):
+        assert torch.equal(converted(x), reference(x))
+    plan = qcore.explain(converted)
+    assert plan.parts == ("one", "other") and {d.kernel for d in plan.quantized} == {"interpreter", ""}
+
+
+def test_preserved_attributes_and_guards_are_kept():
+    model = Net()
+    model.labels = ["a", "b"]
+    config = qcore.PrepareCustomConfig().set_preserved_attributes(["labels"])
+    _, converted = both(model, X, True, prepare_custom_config=config)
+    assert converted.labels == ["a", "b"]
+    converted(X, True)
+    with pytest.raises(GuardError, match="argument doubled was True"):
+        converted(X, False)
+
+
+def test_callers_are_told_what_they_must_know():
+    _, converted = both(Net(), X)
+    rows = torch.func.vmap(converted)(torch.stack([X, 2 * X]))
+    assert torch.equal(rows, torch.stack([converted(X), converted(2 * X)]))
+    x = X.clone().requires_grad_()
+    with pytest.raises(NotSupportedError, match="a gradient was asked for"):
+        converted(x).sum().backward()
+
+
+def test_values_of_two_levels_never_wait_for_each_other():
+    class Braid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            y = self.a(x)
+            z = self.b(torch.softmax(y, -1))
+            return self.c(y * z + torch.softmax(z, -1) * y), z
+
+    x = torch.randn(3, 4)
+    reference, converted = both(Braid(), x)
+    for found, wanted in zip(converted(x), reference(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_what_is_split_stays_with_its_pieces():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 8), nn.Linear(4, 4)
+
+        def forward(self, x):
+            a, b = self.inner(x).chunk(2, -1)
+            return self.outer(a * b)
+
+    x = torch.randn(3, 4)
+    reference, converted = both(Gated(), x)
+    assert torch.equal(converted(x), reference(x)) and len(calls(converted)) == 1
