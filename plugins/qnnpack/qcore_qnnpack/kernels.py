@@ -59,6 +59,7 @@ class Dequantize(elementwise.Dequantize):
 
 class _OnQnnpack(weighted.EngineKernel):
     engine = ENGINE
+    needs_normal_scale = True
 
 
 class QConv(_OnQnnpack, weighted.QConv):

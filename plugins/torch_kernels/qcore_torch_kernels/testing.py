@@ -10,12 +10,14 @@ class TestKernels(EngineSuite):
 """
 
 import copy
+import itertools
+import math
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qcore
+from qcore.dtypes import QScheme
 from qcore.fx.graph_module import QGraphModule
 from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver
 from qcore.testing import CASES, BackendConformance, Case, ask_by_name, steps_apart
 from qcore_torch_kernels.engines import supported_engines
 from qcore_torch_kernels.graph import replayed_kinds
+from qcore_torch_kernels.pair_limited import PAIR_LIMIT, PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 
 _WARNS_NOBODY = """
 import torch, qcore
@@ -306,12 +310,14 @@ class KernelSuite:
         assert decisions.get("cat", decisions.get("stack")) in ("joined integers", "integers as they are")
 
     @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
-    @pytest.mark.parametrize(("kind", "shape"), [(nn.Conv1d, (2, 4, 5)), (nn.Conv2d, (2, 4, 5, 5))])
+    @pytest.mark.parametrize(
+        ("kind", "shape"), [(nn.Conv1d, (2, 4, 5)), (nn.Conv2d, (2, 4, 5, 5)), (nn.Conv3d, (2, 4, 3, 4, 5))]
+    )
     def test_nearest_neighbours_are_taken_on_integers(
         self, kind: type[nn.Conv2d], shape: tuple[int, ...], mode: str
     ) -> None:
         """Nothing is rounded once more."""
-        for arguments in ({"scale_factor": 2}, {"size": [7, 3][: len(shape) - 2]}):
+        for arguments in ({"scale_factor": 2}, {"size": [7, 3, 4][: len(shape) - 2]}):
             x = torch.randn(shape)
             models = self.make(nn.Sequential(kind(4, 4, 1), nn.Upsample(**arguments, mode=mode)), x)
             assert kernel_names(models[1])[-1] == "interpolate on integers"
@@ -414,3 +420,117 @@ class EngineSuite(KernelSuite):
         models = self.make(model, x)
         assert steps(models, x) <= 1.01
         assert all(decision.quantized for decision in qcore.explain(models[1]).decisions)
+
+
+class _Unknown(PerChannelMinMaxObserver):
+    """A weight observer that no backend knows, so that none can put its own in its place."""
+
+
+#: A weight's shape and groups: plain, pointwise, grouped and depthwise kernels, and linear layers.
+LAYERS = [
+    ((8, 3, 3, 3), 1),
+    ((32, 5, 2, 2), 1),
+    ((8, 17, 1, 1), 1),
+    ((8, 1, 3, 3), 1),
+    ((16, 8, 2, 2), 2),
+    ((12, 3, 3, 3), 4),
+    ((16, 4, 3, 3), 4),
+    ((8, 1, 3, 3), 8),
+    ((16, 1, 3, 3), 8),
+    ((8, 1, 5, 5), 8),
+    ((17, 1, 3, 3), 17),
+    ((8, 1, 4, 4), 8),
+    ((8, 5, 3), 1),
+    ((8, 1, 5), 8),
+    ((16, 3, 2, 2, 2), 1),
+    ((8, 1, 3, 3, 3), 8),
+    ((8, 33), 1),
+    ((1, 12), 1),
+]
+
+
+def two_weights(shape: tuple[int, ...], value: int) -> Tensor:
+    """Weights that are ``value`` at two places and 0 elsewhere, for all pairs of places: (pairs, *shape[1:])."""
+    number = math.prod(shape[1:])
+    places = torch.tensor(list(itertools.combinations(range(number), 2)))
+    return torch.zeros(len(places), number, dtype=torch.int8).scatter_(1, places, value).view(-1, *shape[1:])
+
+
+class SaturationSuite:
+    """Holds for a backend whose kernels add pairs of products in 16 bits.
+
+    Attributes:
+        backend: its name.
+        observer: its own observer, as on a CPU where all kernels do.
+    """
+
+    backend: ClassVar[str]
+    observer: ClassVar[type[PairLimitedPerChannelMinMaxObserver]]
+
+    def adds_pairs(self, is_depthwise: bool) -> bool:
+        """Whether a kernel on this CPU does."""
+        raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def _is_available(self) -> None:
+        availability = qcore.get_backend(self.backend).availability
+        if not availability.ok:
+            pytest.skip(availability.reason)
+
+    @pytest.mark.parametrize("rounding", ["nearest", "sum_preserving"])
+    @pytest.mark.parametrize(("shape", "groups"), LAYERS, ids=str)
+    def test_the_observer_grows_only_channels_that_need_it(
+        self, shape: tuple[int, ...], groups: int, rounding: str
+    ) -> None:
+        """By no more than it takes: the pair that made a channel grow comes close to the bound."""
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        weight[0] = 1.0
+        if len(weight) > 1:
+            weight[1] = 0
+            weight[1].view(-1)[0] = 1.0
+        arguments: dict[str, Any] = {
+            "dtype": torch.int8,
+            "qscheme": QScheme.per_channel_symmetric,
+            "rounding": rounding,
+        }
+        plain, own = PerChannelMinMaxObserver(**arguments), self.observer(**arguments)
+        plain(weight), own(weight)
+        before, after = (largest_pair_sum(self.observer.pairs(found.quantize(weight))) for found in (plain, own))
+        growth = own.calculate_qparams()[0] / plain.calculate_qparams()[0]
+        assert (after <= PAIR_LIMIT).all()
+        assert torch.equal(growth > 1, before > PAIR_LIMIT) and float(growth.max()) < 2.1
+        assert (after[growth > 1] >= PAIR_LIMIT - 4).all()
+        assert (growth[0] > 1.9) == (before[0] == 254)
+
+    def converted(self, model: nn.Module, x: Tensor, activation: Any = MinMaxObserver) -> tuple[str, float, nn.Module]:
+        """A layer whose weight is observed by what no backend knows.
+
+        Args:
+            model: the layer.
+            x: its input.
+            activation: the observer of activations.
+
+        Returns:
+            The reason in the plan, the distance from the reference in steps, and the converted model.
+        """
+        weight = _Unknown.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
+        mapping = qcore.QConfigMapping().set_global(qcore.QConfig(activation, weight))
+        models = make(self.backend, nn.Sequential(model), x, mapping=mapping)
+        (decision,) = qcore.explain(models[1]).quantized
+        return decision.reason, steps(models, x), models[1]
+
+    @pytest.mark.parametrize("is_depthwise", [False, True])
+    def test_what_could_saturate_is_declined_and_right(self, is_depthwise: bool) -> None:
+        """Where the kernel adds pairs."""
+        layer = nn.Conv2d(8, 8, 3, groups=8 if is_depthwise else 1)
+        nn.init.constant_(layer.weight, 0.5)
+        reason, apart, _ = self.converted(layer, torch.rand(2, 8, 5, 5))
+        assert ("could saturate" in reason) == self.adds_pairs(is_depthwise)
+        assert apart <= 1.01
+
+    def test_activations_of_7_bits_take_weights_of_8(self) -> None:
+        """Their products can't leave 16 bits."""
+        layer = nn.Conv2d(8, 8, 3)
+        nn.init.constant_(layer.weight, 0.5)
+        reason, apart, _ = self.converted(layer, torch.rand(2, 8, 5, 5), MinMaxObserver.with_args(reduce_range=True))
+        assert not reason and apart <= 1.01

@@ -36,9 +36,12 @@ class EngineKernel(WeightKernel):
 
     Attributes:
         engine: its name, as torch knows it.
+        needs_normal_scale: whether it computes with the scale of its sums, which must be one of float32's normal
+            numbers; so the input's is kept, to look at what is loaded.
     """
 
     engine: str
+    needs_normal_scale = False
 
     @property
     def title(self) -> str:
@@ -63,7 +66,7 @@ class Weighted(EngineKernel):
     ) -> None:
         super().__init__(weight, bias)
         self.input_max = 0 if input is None else input.quant_max
-        if input is not None:
+        if input is not None and self.needs_normal_scale:
             self.add_qparams("input", input)
         self.add_qparams("output", output)
 

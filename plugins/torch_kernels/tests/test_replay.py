@@ -265,6 +265,18 @@ def test_a_change_of_shape_in_place_is_refused_on_a_tensor_that_stands_for_two()
         record(lambda: change(x), [x := torch.randn(3, 2)])
 
 
+@pytest.mark.parametrize("where", ["kept from before", "used before"])
+def test_a_shell_that_is_not_a_new_one_is_refused(where: str) -> None:
+    kept = torch.empty(0, dtype=torch.int32)
+
+    def change(x: Tensor) -> Tensor:
+        shell = kept if where == "kept from before" else _as_integers(x + 1)
+        return show(shell, x + 2)
+
+    with pytest.raises(NotReplayableError, match="shows other memory than before"):
+        record(lambda: change(x), [x := torch.randn(3, 2)])
+
+
 def test_memory_that_is_taken_unsaid_is_refused() -> None:
     def shell(x: Tensor) -> Tensor:
         y = x + 1

@@ -17,7 +17,7 @@ from qcore_x86_onednn import elementwise, kernels
 from qcore_x86_onednn.backend_config import FUSED_ACTIVATIONS, FUSED_FIXED
 
 #: What is packed for oneDNN's dynamic kernel is the weight as it is.
-_EXACT = rules.Exact(lambda weight, input_max: kernels.could_saturate(weight, input_max), unit=1.0)
+_EXACT = rules.Exact(kernels.could_saturate, unit=1.0)
 IN_FLOAT = rules.InFloat(kernels.Quantize, kernels.Dequantize)
 
 _Activation = tuple[str, list[float], str]

@@ -267,19 +267,6 @@ def test_tables_give_just_what_the_reference_does(function: Callable[[Tensor], T
         assert torch.equal(table(given), table.table[given.long()])
 
 
-def test_nearest_neighbours_are_taken_on_integers():
-    for model, shape in (
-        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Upsample(scale_factor=2)), (2, 4, 5)),
-        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(size=(7, 3))), (2, 4, 5, 5)),
-        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=2, mode="nearest-exact")), (2, 4, 5, 5)),
-        (nn.Sequential(nn.Conv3d(4, 4, 1), nn.Upsample(scale_factor=2)), (2, 4, 3, 4, 5)),
-    ):
-        x = torch.randn(shape)
-        models = make(BACKEND, model, x)
-        assert kernel_names(models[1])[-1] == "interpolate on integers"
-        assert steps(models, x) == 0
-
-
 def test_the_same_model_without_quantized_kernels(monkeypatch: pytest.MonkeyPatch):
     """Plain arithmetic takes their place, once torch has them no longer."""
     for case in CASES:

@@ -161,7 +161,7 @@ def show(shell: Tensor, source: Tensor) -> Tensor:
     operators: what one kernel unwraps and the next wraps again costs nothing then.
 
     Args:
-        shell: without elements; elements of its dtype are as large as those of ``source``.
+        shell: a new one without elements; elements of its dtype are as large as those of ``source``.
         source: gives memory, shape and strides.
 
     Returns:
@@ -211,6 +211,9 @@ class _Recorder(DispatchMode):
 
     def show(self, shell: Tensor, source: Tensor) -> Tensor:
         """See the function of this name."""
+        empty = self.registers.get(shell)
+        if empty is None or empty in self.memories:
+            raise NotReplayableError("a tensor that shows other memory than before stands for two")
         self.is_placing = True
         try:
             _placed(shell, source)
@@ -221,7 +224,7 @@ class _Recorder(DispatchMode):
         finally:
             self.is_placing = False
         if how not in memory.shown:
-            memory.shown[how] = self.around(self.read(shell), memory.first, source, shell)
+            memory.shown[how] = self.around(empty, memory.first, source, shell)
             self.memories[memory.shown[how]] = memory
         self.registers[shell] = memory.shown[how]
         return shell
@@ -332,6 +335,8 @@ def _storage(thing: Any) -> int:
 
 
 def _how_it_shows(tensor: Tensor) -> Any:
+    if tensor.is_quantized and tensor.qscheme() is not torch.per_tensor_affine:
+        raise NotReplayableError("a tensor with qparams for each channel is unwrapped")
     return (tensor.dtype, tensor.q_scale(), tensor.q_zero_point()) if tensor.is_quantized else tensor.dtype
 
 
