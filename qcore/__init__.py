@@ -6,8 +6,6 @@ quantized = convert_fx(prepared)
 print(explain(quantized))
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-
 from qcore._version import __version__
 from qcore.backend_config import (
     BackendConfig,
@@ -20,6 +18,7 @@ from qcore.backend_config import (
 from qcore.calibration import calibrate
 from qcore.dtypes import QScheme
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
+from qcore.migration import explain_missing as _explain_missing
 from qcore.observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -99,7 +98,4 @@ __all__ = [
     "prepare_fx",
 ]
 
-if not _TYPE_CHECKING:
-    from qcore.migration import missing_from as _missing_from
-
-    __getattr__ = _missing_from(__name__)
+_explain_missing(__name__)

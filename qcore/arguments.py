@@ -1,14 +1,14 @@
 """What the verbs are given, looked at before anything is done: every problem of a call is found at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from qcore.backend_config import BackendConfig
-from qcore.errors import ConfigError, TrainingModeError
+from qcore.errors import Problems, TrainingModeError
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.graph_module import modules_of
 from qcore.fx.names import hidden_attributes
@@ -16,6 +16,8 @@ from qcore.fx.parts import why_unsuitable
 from qcore.fx.resolve import Resolver
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import QConfigMapping
+
+Config = TypeVar("Config", QConfigMapping, PrepareCustomConfig, ConvertCustomConfig)
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,6 @@ class Request:
     resolver: Resolver
     traits: dict[ObserverConstructor, ObserverTraits]
     custom: PrepareCustomConfig
-
-
-class Problems(list[str]):
-    """Sentences that one ConfigError will hold."""
-
-    def expect(self, name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> bool:
-        """Note that an argument has a wrong type; returns whether it is right."""
-        if isinstance(value, kind):
-            return True
-        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        module = type(value).__module__
-        if wanted.startswith("a qcore.") and not module.startswith(("qcore", "builtins")):
-            found = f"{module}.{found}; import it from qcore"
-        self.append(f"{name}: expected {wanted}, found {found}")
-        return False
-
-    def of(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function gives; ``None``, and its problems noted, if it raises a ConfigError."""
-        try:
-            return function(*arguments)
-        except ConfigError as error:
-            self.extend(error.problems)
-            return None
-
-    def raise_any(self) -> None:
-        """Raise the error that lists them."""
-        if self:
-            raise ConfigError(self)
 
 
 def checked_request(
@@ -87,29 +61,27 @@ def checked_request(
             f"tuple, found {type(example_inputs).__name__}; write (x,) for one input"
         )
     _check_options(problems, options)
-    mapping = qconfig_mapping
-    if isinstance(mapping, dict):
-        mapping = problems.of(QConfigMapping.from_dict, mapping)
-    elif not problems.expect("qconfig_mapping", mapping, QConfigMapping, "a qcore.QConfigMapping"):
-        mapping = None
-    custom = prepare_custom_config
-    if isinstance(custom, dict):
-        custom = problems.of(PrepareCustomConfig.from_dict, custom)
-    elif custom is None or not problems.expect(
-        "prepare_custom_config", custom, PrepareCustomConfig, "a qcore.PrepareCustomConfig"
-    ):
-        custom = PrepareCustomConfig()
-    traits = problems.of(mapping.traits) if mapping is not None else {}
-    resolver = Resolver(mapping or QConfigMapping())
+    mapping = _config(problems, "qconfig_mapping", qconfig_mapping, QConfigMapping)
+    if prepare_custom_config is None:
+        prepare_custom_config = PrepareCustomConfig()
+    custom = _config(problems, "prepare_custom_config", prepare_custom_config, PrepareCustomConfig)
+    traits = problems.of(mapping.traits) or {}
+    resolver = Resolver(mapping)
     if is_module:
         problems += why_unsuitable(model)
         paths = [path for path, _ in model.named_modules()]
         problems += resolver.unmatched_names(paths)
-        problems += _unmatched(custom or PrepareCustomConfig(), model, paths)
+        problems += _unmatched(custom, model, paths)
     problems.raise_any()
     check_mode(model)
-    assert mapping is not None and custom is not None
     return Request(mapping, resolver, traits, custom)
+
+
+def _config(problems: Problems, name: str, value: Any, kind: type[Config]) -> Config:
+    """A config, for which torch.ao's dictionary will do; an empty one if there are problems with it."""
+    if isinstance(value, dict):
+        return problems.of(kind.from_dict, value) or kind()
+    return value if problems.expect(name, value, kind, f"a qcore.{kind.__name__}") else kind()
 
 
 def _check_options(problems: Problems, options: Mapping[str, Any]) -> None:
@@ -127,20 +99,11 @@ def _check_options(problems: Problems, options: Mapping[str, Any]) -> None:
 
 
 def _unmatched(custom: PrepareCustomConfig, model: nn.Module, paths: Sequence[str]) -> list[str]:
-    known = set(paths)
-    return [
-        *(
-            f"set_non_traceable_module_names: {name!r} is no module of the model"
-            for name in custom.non_traceable_module_names
-            if name not in known
-        ),
-        *(
-            f"set_preserved_attributes: the model has no attribute {name!r}"
-            for name in custom.preserved_attributes
-            if not hasattr(model, name)
-        ),
-        *hidden_attributes(custom.preserved_attributes),
-    ]
+    unknown = [name for name in custom.non_traceable_module_names if name not in set(paths)]
+    gone = [name for name in custom.preserved_attributes if not hasattr(model, name)]
+    problems = [f"set_non_traceable_module_names: {name!r} is no module of the model" for name in unknown]
+    problems += [f"set_preserved_attributes: the model has no attribute {name!r}" for name in gone]
+    return problems + hidden_attributes(custom.preserved_attributes)
 
 
 def check_mode(model: nn.Module) -> None:
@@ -164,10 +127,7 @@ def checked_convert_config(config: Any) -> ConvertCustomConfig | None:
     Raises:
         ConfigError: it is none.
     """
-    if isinstance(config, dict):
-        return ConvertCustomConfig.from_dict(config)
     problems = Problems()
-    if config is not None:
-        problems.expect("convert_custom_config", config, ConvertCustomConfig, "a qcore.ConvertCustomConfig")
+    checked = None if config is None else _config(problems, "convert_custom_config", config, ConvertCustomConfig)
     problems.raise_any()
-    return config  # type: ignore[no-any-return]
+    return checked

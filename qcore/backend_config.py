@@ -5,14 +5,13 @@ computes as one, with the :class:`DTypeConfig` that it accepts. Operators may be
 or a method name; qcore reads all forms of one operator as the same (``nn.ReLU``, ``F.relu``, ``"relu"``).
 """
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import fx
@@ -26,8 +25,8 @@ from qcore.dtypes import (
     dtype_range,
     is_integer,
 )
-from qcore.errors import ConfigError, NotSupportedError, PluginError
-from qcore.migration import missing_from
+from qcore.errors import ConfigError, PluginError, Problems
+from qcore.migration import HasNamesake, explain_missing
 
 #: One operator (module class, function, method name), or a chain of them in the order of execution.
 Pattern = Any
@@ -75,38 +74,49 @@ class DTypeWithConstraints:
             object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
         if self.qschemes is not None:
             object.__setattr__(self, "qschemes", tuple(canonical_qscheme(scheme) for scheme in self.qschemes))
-        problems = [f"DTypeWithConstraints: {problem}" for problem in self._wrong_numbers() or self._wrong_order()]
+        problems = self._wrong_numbers() or Problems(self._wrong_order())
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError([f"DTypeWithConstraints: {problem}" for problem in problems])
 
-    def _wrong_numbers(self) -> list[str]:
-        problems = []
+    @property
+    def integers(self) -> tuple[float, float]:
+        """The smallest and the largest integer to use; those of the dtype, or infinite, where nothing else is said."""
+        lowest, highest = _dtype_range(self.dtype)
+        low, high = self.quant_min_lower_bound, self.quant_max_upper_bound
+        return lowest if low is None else low, highest if high is None else high
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The smallest and the largest scale; 0 and infinite where nothing is said."""
+        least, most = self.scale_min_lower_bound, self.scale_max_upper_bound
+        return 0.0 if least is None else least, math.inf if most is None else most
+
+    def _wrong_numbers(self) -> Problems:
+        problems = Problems()
         for name in ("quant_min_lower_bound", "quant_max_upper_bound", "zero_point_exact_match", "ch_axis"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and value % 1 == 0):
                 problems.append(f"{name} must be a whole number, found {value!r}")
         for name in ("scale_min_lower_bound", "scale_max_upper_bound", "scale_exact_match"):
-            try:
-                if getattr(self, name) is not None:
-                    checked_scale(getattr(self, name), name)
-            except ConfigError as error:
-                problems += error.problems
+            if getattr(self, name) is not None:
+                problems.of(checked_scale, getattr(self, name), name)
         return problems
 
     def _wrong_order(self) -> Iterator[str]:
-        lowest, highest = dtype_range(self.dtype) if self.dtype and is_integer(self.dtype) else (-math.inf, math.inf)
-        low = lowest if self.quant_min_lower_bound is None else self.quant_min_lower_bound
-        high = highest if self.quant_max_upper_bound is None else self.quant_max_upper_bound
+        (low, high), (least, most) = self.integers, self.scales
+        lowest, highest = _dtype_range(self.dtype)
         if not lowest <= low < high <= highest:
             yield f"the range {low}..{high} must hold two integers at least and fit {dtype_name(self.dtype)}"
         if self.zero_point_exact_match is not None and not low <= self.zero_point_exact_match <= high:
             yield f"zero_point_exact_match {self.zero_point_exact_match} lies outside the range {low}..{high}"
-        least = 0.0 if self.scale_min_lower_bound is None else self.scale_min_lower_bound
-        most = math.inf if self.scale_max_upper_bound is None else self.scale_max_upper_bound
         if not least <= most:
             yield f"scale_min_lower_bound {least} lies above scale_max_upper_bound {most}"
         elif self.scale_exact_match is not None and not least <= self.scale_exact_match <= most:
             yield f"scale_exact_match {self.scale_exact_match} lies outside {least}..{most}"
+
+
+def _dtype_range(dtype: torch.dtype | None) -> tuple[float, float]:
+    return dtype_range(dtype) if dtype is not None and is_integer(dtype) else (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -127,29 +137,24 @@ class DTypeConfig:
     bias_dtype: torch.dtype | None = None
     is_dynamic: bool | None = None
 
-    @property
+    @functools.cached_property
     def input_constraints(self) -> DTypeWithConstraints:
         """The input's dtype and constraints."""
         return _with_constraints(self.input_dtype)
 
-    @property
+    @functools.cached_property
     def output_constraints(self) -> DTypeWithConstraints:
         """The output's dtype and constraints."""
         return _with_constraints(self.output_dtype)
 
-    @property
+    @functools.cached_property
     def weight_constraints(self) -> DTypeWithConstraints:
         """The weight's dtype and constraints."""
         return _with_constraints(self.weight_dtype)
 
 
 def _with_constraints(dtype: torch.dtype | DTypeWithConstraints | None) -> DTypeWithConstraints:
-    return dtype if isinstance(dtype, DTypeWithConstraints) else _unconstrained(dtype)
-
-
-@functools.cache
-def _unconstrained(dtype: torch.dtype | None) -> DTypeWithConstraints:
-    return DTypeWithConstraints(dtype)
+    return dtype if isinstance(dtype, DTypeWithConstraints) else DTypeWithConstraints(dtype)
 
 
 @dataclass(frozen=True)
@@ -181,19 +186,22 @@ class Condition:
             ) from error
 
 
-class BackendPatternConfig:
+@dataclass(repr=False)
+class BackendPatternConfig(HasNamesake):
     """What a backend accepts for one pattern. Every setter returns the config.
 
     Args:
         pattern: an operator, or a tuple of operators in the order of execution; in a chain, every operator reads the
             one before it, and nothing else does.
+        observation_type: how the output is quantized relative to the input.
+        dtype_configs: the combinations of dtypes that it accepts.
+        condition: narrows the pattern to some of its calls.
     """
 
-    def __init__(self, pattern: Pattern | None = None) -> None:
-        self.pattern = pattern
-        self.observation_type = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
-        self.dtype_configs: list[DTypeConfig] = []
-        self.condition: Condition | None = None
+    pattern: Pattern | None = None
+    observation_type: ObservationType = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
+    dtype_configs: list[DTypeConfig] = field(default_factory=list)
+    condition: Condition | None = None
 
     def set_pattern(self, pattern: Pattern) -> Self:
         """The operator, or the chain of operators."""
@@ -222,32 +230,7 @@ class BackendPatternConfig:
 
     def copy(self) -> "BackendPatternConfig":
         """One that can be changed without a change to this one."""
-        copied = copy.copy(self)
-        copied.dtype_configs = list(self.dtype_configs)
-        return copied
-
-    def set_root_module(self, root_module: type[torch.nn.Module]) -> Self:
-        """Not needed: qcore finds the weighted operator of a chain by itself."""
-        raise _no_module_swap("set_root_module")
-
-    def set_qat_module(self, qat_module: type[torch.nn.Module]) -> Self:
-        """Not needed: qcore swaps no modules."""
-        raise _no_module_swap("set_qat_module")
-
-    def set_reference_quantized_module(self, reference_quantized_module: type[torch.nn.Module]) -> Self:
-        """Not needed: qcore swaps no modules."""
-        raise _no_module_swap("set_reference_quantized_module")
-
-    def set_fused_module(self, fused_module: type[torch.nn.Module]) -> Self:
-        """Not needed: qcore swaps no modules."""
-        raise _no_module_swap("set_fused_module")
-
-    def set_fuser_method(self, fuser_method: Callable[..., torch.nn.Module]) -> Self:
-        """Not needed: a backend gives its rewrites through the ``qcore_fusion_patterns`` hook."""
-        raise _no_module_swap("set_fuser_method")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BackendPatternConfig) and vars(self) == vars(other)
+        return replace(self, dtype_configs=list(self.dtype_configs))
 
     def __hash__(self) -> int:
         return hash(repr(self.pattern))
@@ -257,13 +240,7 @@ class BackendPatternConfig:
         return f"BackendPatternConfig({self.pattern!r}{condition}, {len(self.dtype_configs)} dtype configs)"
 
 
-def _no_module_swap(setter: str) -> NotSupportedError:
-    return NotSupportedError(
-        f"BackendPatternConfig.{setter}: qcore works on operators and swaps no modules. Leave the line out; give a "
-        "chain as a tuple pattern, a rewrite through the hook qcore_fusion_patterns and kernels through qcore_lower"
-    )
-
-
+@dataclass(repr=False)
 class BackendConfig:
     """All patterns that a backend accepts. Every setter returns the config.
 
@@ -271,9 +248,8 @@ class BackendConfig:
         name: for messages.
     """
 
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-        self._configs: dict[tuple[Any, str], BackendPatternConfig] = {}
+    name: str = ""
+    _configs: dict[tuple[Any, str], BackendPatternConfig] = field(default_factory=dict, init=False)
 
     def set_name(self, name: str) -> Self:
         """The name, for messages."""
@@ -286,20 +262,17 @@ class BackendConfig:
         Raises:
             ConfigError: the config has no pattern, or accepts nothing.
         """
+        problem = ""
         if not isinstance(config, BackendPatternConfig):
-            raise ConfigError(f"BackendConfig {self.name!r}: expected a qcore BackendPatternConfig, found {config!r}")
-        if config.pattern is None:
-            raise ConfigError(
-                f"BackendConfig {self.name!r}: a BackendPatternConfig without a pattern; call set_pattern"
-            )
-        if not isinstance(config.pattern, Hashable):
-            raise ConfigError(
-                f"BackendConfig {self.name!r}: {config.pattern!r} is no pattern; a chain of operators is a tuple"
-            )
-        if not config.dtype_configs:
-            raise ConfigError(
-                f"BackendConfig {self.name!r}: {config.pattern!r} accepts no dtypes; call add_dtype_config"
-            )
+            problem = f"expected a qcore BackendPatternConfig, found {config!r}"
+        elif config.pattern is None:
+            problem = "a BackendPatternConfig without a pattern; call set_pattern"
+        elif not isinstance(config.pattern, Hashable):
+            problem = f"{config.pattern!r} is no pattern; a chain of operators is a tuple"
+        elif not config.dtype_configs:
+            problem = f"{config.pattern!r} accepts no dtypes; call add_dtype_config"
+        if problem:
+            raise ConfigError(f"BackendConfig {self.name!r}: {problem}")
         self._configs[(config.pattern, getattr(config.condition, "name", ""))] = config
         return self
 
@@ -318,9 +291,6 @@ class BackendConfig:
         """The patterns, in the order in which they were added."""
         return list(self._configs.values())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BackendConfig) and (self.name, self._configs) == (other.name, other._configs)
-
     def __hash__(self) -> int:
         return hash(self.name)
 
@@ -328,5 +298,4 @@ class BackendConfig:
         return f"BackendConfig({self.name!r}, {len(self._configs)} patterns)"
 
 
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

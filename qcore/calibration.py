@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcore.errors import CalibrationError, ConfigError
-from qcore.fx.batches import ANY_FORM, CallForm
+from qcore.errors import CalibrationError, Problems
+from qcore.fx.batches import ANY_CONVENTION, InputConvention
 from qcore.fx.record import host_of, record_of, records
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -34,22 +34,22 @@ def calibrate(
             are inputs can't be told.
         CalibrationError: there are no batches.
     """
-    form = _checked(prepared, batches, inputs, progress)
+    convention = _checked(prepared, batches, inputs, progress)
     count = 0
     with torch.no_grad():
         for batch in batches if progress is None else progress(batches):
-            args, kwargs = form.call(batch if inputs is None else inputs(batch))
+            args, kwargs = convention.call(batch if inputs is None else inputs(batch))
             prepared(*args, **kwargs)
             count += 1
     if not count:
         raise CalibrationError(
-            f"calibrate got no batches: the {type(batches).__name__} is empty, or a generator that was used up", ()
+            f"calibrate got no batches: the {type(batches).__name__} is empty, or a generator that was used up"
         )
 
 
-def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> CallForm:
-    """The form of a call of ``prepared``, after all arguments were checked."""
-    problems = []
+def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> InputConvention:
+    """How ``prepared`` is called, after all arguments were checked."""
+    problems = Problems()
     stages = {record.stage for record in records(prepared).values()}
     if "prepared" not in stages:
         found = f"a {stages.pop()} model" if stages else f"{type(prepared).__name__}, which isn't one"
@@ -62,7 +62,6 @@ def _checked(prepared: Any, batches: Any, inputs: Any, progress: Any) -> CallFor
     for name, value in (("inputs", inputs), ("progress", progress)):
         if value is not None and not callable(value):
             problems.append(f"{name}: expected a function, found {type(value).__name__}")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_any()
     record = record_of(host_of(prepared))
-    return ANY_FORM if record is None else record.settings.form
+    return ANY_CONVENTION if record is None else record.settings.convention

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from qcore.errors import ConfigError
 
-_QUANTIZED_DTYPE_NAMES = {
-    "torch.quint8": torch.uint8,
-    "torch.qint8": torch.int8,
-    "torch.qint32": torch.int32,
-}
-
 _SHORT_NAMES = {torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16", torch.int32: "int32"}
+
+#: The plain dtype of a quantized one, by name.
+_PLAIN = {"torch.quint8": torch.uint8, "torch.qint8": torch.int8, "torch.qint32": torch.int32}
 
 
 class QScheme(Enum):
@@ -56,12 +53,10 @@ def canonical_dtype(dtype: torch.dtype) -> torch.dtype:
         raise ConfigError(f"expected a torch.dtype such as torch.uint8 or torch.int8, found {dtype!r}")
     if dtype in _SHORT_NAMES:
         return dtype
-    known = _QUANTIZED_DTYPE_NAMES.get(str(dtype))
-    if known is not None:
-        return known
-    if str(dtype).startswith(("torch.quint", "torch.qint")):
+    plain = _PLAIN.get(str(dtype), dtype)
+    if str(plain).startswith(("torch.quint", "torch.qint")):
         raise ConfigError(f"{dtype} isn't supported; use one of torch.uint8, torch.int8, torch.int32")
-    return dtype
+    return plain
 
 
 def canonical_qscheme(qscheme: object) -> QScheme:
@@ -72,9 +67,9 @@ def canonical_qscheme(qscheme: object) -> QScheme:
     """
     if isinstance(qscheme, QScheme):
         return qscheme
-    name = str(qscheme).removeprefix("torch.")
-    if name in QScheme.__members__:
-        return QScheme[name]
+    found = QScheme.__members__.get(str(qscheme).removeprefix("torch."))
+    if found is not None:
+        return found
     raise ConfigError(f"expected a qscheme, one of {', '.join(QScheme.__members__)}; found {qscheme!r}")
 
 

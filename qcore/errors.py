@@ -9,7 +9,7 @@
     │   ├── ExampleInputsError            the model doesn't run on the example inputs
     │   ├── TraceError                    the model can't be traced; names the submodule and the source line
     │   ├── NothingToQuantizeError        no operator of the model can be quantized as asked
-    │   ├── GuardError                    a call in another form than the one that was traced
+    │   ├── GuardError                    a call with other constants or containers than the traced one
     │   ├── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
     │   └── DtypeError (TypeError)        a tensor of another dtype than a quantize takes
     ├── CalibrationError                  an observer that saw no data
@@ -29,14 +29,17 @@ Each message says what was asked, what was found and what to do next.
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
     """A question for a message about a name that isn't known: ``"did you mean 'x'?"``; empty if none is like it."""
     plain = {other.lower().replace("-", "_"): other for other in known}
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1)
-    return f"did you mean {plain[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=most)
+    return f"did you mean {' or '.join(repr(plain[other]) for other in close)}?" if close else ""
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
@@ -65,6 +68,34 @@ class ConfigError(QcoreError, ValueError):
         else:
             lines = "\n".join(f"  - {problem}" for problem in self.problems)
             super().__init__(f"{len(self.problems)} problems in the configuration:\n{lines}")
+
+
+class Problems(list[str]):
+    """Sentences that one ConfigError will hold."""
+
+    def expect(self, name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> bool:
+        """Note that an argument has a wrong type; returns whether it is right."""
+        if isinstance(value, kind):
+            return True
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        module = type(value).__module__
+        if wanted.startswith("a qcore.") and not module.startswith(("qcore", "builtins")):
+            found = f"{module}.{found}; import it from qcore"
+        self.append(f"{name}: expected {wanted}, found {found}")
+        return False
+
+    def of(self, function: Callable[..., T], *arguments: Any, prefix: str = "") -> T | None:
+        """What a function gives; ``None``, and its problems noted, if it raises a ConfigError."""
+        try:
+            return function(*arguments)
+        except ConfigError as error:
+            self.extend(prefix + problem for problem in error.problems)
+            return None
+
+    def raise_any(self) -> None:
+        """Raise the error that lists them."""
+        if self:
+            raise ConfigError(self)
 
 
 class UnsupportedQConfigError(ConfigError):
@@ -96,14 +127,11 @@ class TraceError(ModelError):
         reason: what failed there, in a few words.
     """
 
-    def __init__(self, message: str, module_path: str, location: str | None, reason: str = "") -> None:
+    def __init__(self, message: str, module_path: str = "", location: str | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.module_path = module_path
         self.location = location
         self.reason = reason or message
-
-    def __reduce__(self) -> tuple[type, tuple[str, str, str | None, str]]:
-        return type(self), (str(self), self.module_path, self.location, self.reason)
 
 
 class NothingToQuantizeError(ModelError):
@@ -129,12 +157,9 @@ class CalibrationError(QcoreError):
         observers: their names in the prepared model.
     """
 
-    def __init__(self, message: str, observers: Sequence[str]) -> None:
+    def __init__(self, message: str, observers: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.observers = tuple(observers)
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (str(self), self.observers)
 
 
 class BackendError(QcoreError):

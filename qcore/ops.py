@@ -17,18 +17,6 @@ from qcore.errors import DtypeError
 
 _library = torch.library.Library("qcore", "DEF")
 
-_library.define(
-    "quantize_per_tensor(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, ScalarType dtype)"
-    " -> Tensor"
-)
-_library.define("dequantize_per_tensor(Tensor input, Tensor scale, Tensor zero_point) -> Tensor")
-_library.define(
-    "quantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis, int quant_min, int quant_max,"
-    " ScalarType dtype) -> Tensor"
-)
-_library.define("dynamic_quantize_dequantize(Tensor input, int quant_min, int quant_max) -> Tensor")
-_library.define("dequantize_per_channel(Tensor input, Tensor scales, Tensor zero_points, int axis) -> Tensor")
-
 
 def as_float32(input: Tensor) -> Tensor:
     """What a quantize takes: float32, to which float16 and bfloat16 are cast, as nothing is lost by it.
@@ -136,13 +124,22 @@ def _fake_dequantized(input: Tensor, *_arguments: Any) -> Tensor:
     return torch.empty_like(input, dtype=torch.float32)
 
 
-for _name, _function, _fake in (
-    ("quantize_per_tensor", _quantize, _fake_quantized),
-    ("dequantize_per_tensor", _dequantize, _fake_dequantized),
-    ("dynamic_quantize_dequantize", _dynamic, _fake_dequantized),
-    ("quantize_per_channel", _quantize_per_channel, _fake_quantized),
-    ("dequantize_per_channel", _dequantize_per_channel, _fake_dequantized),
+_QPARAMS, _CHANNEL_QPARAMS = "Tensor scale, Tensor zero_point", "Tensor scales, Tensor zero_points, int axis"
+_RANGE = "int quant_min, int quant_max"
+
+for _name, _arguments, _function, _fake in (
+    ("quantize_per_tensor", f"{_QPARAMS}, {_RANGE}, ScalarType dtype", _quantize, _fake_quantized),
+    ("dequantize_per_tensor", _QPARAMS, _dequantize, _fake_dequantized),
+    (
+        "quantize_per_channel",
+        f"{_CHANNEL_QPARAMS}, {_RANGE}, ScalarType dtype",
+        _quantize_per_channel,
+        _fake_quantized,
+    ),
+    ("dequantize_per_channel", _CHANNEL_QPARAMS, _dequantize_per_channel, _fake_dequantized),
+    ("dynamic_quantize_dequantize", _RANGE, _dynamic, _fake_dequantized),
 ):
+    _library.define(f"{_name}(Tensor input, {_arguments}) -> Tensor")
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     _library.impl(_name, _fake, "Meta")  # Fake tensors use it, too; register_fake would read this file to find itself.
 

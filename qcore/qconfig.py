@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qcore.dtypes import QScheme
-from qcore.errors import ConfigError
-from qcore.migration import missing_from
+from qcore.errors import ConfigError, Problems
+from qcore.migration import explain_missing
 from qcore.observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -39,7 +38,7 @@ class QConfig:
     weight: ObserverConstructor
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = Problems()
         for field in ("activation", "weight"):
             value = getattr(self, field)
             if isinstance(value, nn.Module):
@@ -50,8 +49,7 @@ class QConfig:
                 )
             elif not callable(value):
                 problems.append(f"QConfig({field}=...) needs an observer constructor, found {value!r}")
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_any()
 
 
 @dataclass(frozen=True)
@@ -101,41 +99,19 @@ def observer_traits(constructor: ObserverConstructor) -> ObserverTraits:
             f"{constructor!r} builds a {found}, which isn't a qcore observer; import the observer from qcore.observer"
         )
     # Only a class or a spec can be told a range by the backend; what any other constructor builds, it has chosen.
-    is_open = _as_spec(constructor) is not None and not observer.has_explicit_range
+    is_open = spec_of(constructor) is not None and not observer.has_explicit_range
     fixed = (observer.scale, observer.zero_point) if isinstance(observer, FixedQParamsObserver) else None
+    same = ("dtype", "qscheme", "ch_axis", "quant_min", "quant_max", "eps", "is_dynamic")
     return ObserverTraits(
-        dtype=observer.dtype,
-        qscheme=observer.qscheme,
-        ch_axis=getattr(observer, "ch_axis", None),
-        quant_min=observer.quant_min,
-        quant_max=observer.quant_max,
+        **{name: getattr(observer, name) for name in same},
         has_explicit_range=not is_open,
-        eps=observer.eps,
-        is_dynamic=observer.is_dynamic,
         fixed=fixed,
         is_placeholder=isinstance(observer, PlaceholderObserver),
     )
 
 
-def build_observer(
-    constructor: ObserverConstructor, traits: ObserverTraits, quant_min: int, quant_max: int, eps: float | None
-) -> ObserverBase:
-    """An observer with the range that the plan settled on.
-
-    Only an :class:`ObserverSpec` whose user left the range open is told; any other constructor knows its own.
-    """
-    spec = _as_spec(constructor)
-    if spec is None:
-        return constructor()
-    overrides: dict[str, Any] = {}
-    if not traits.has_explicit_range and (quant_min, quant_max) != (traits.quant_min, traits.quant_max):
-        overrides.update(quant_min=quant_min, quant_max=quant_max)
-    if traits.eps is None and eps is not None:
-        overrides.update(eps=eps)
-    return spec(**overrides)
-
-
-def _as_spec(constructor: ObserverConstructor) -> ObserverSpec | None:
+def spec_of(constructor: ObserverConstructor) -> ObserverSpec | None:
+    """A class or a spec as a spec; ``None`` for any other constructor, which can't be told anything."""
     if isinstance(constructor, ObserverSpec):
         return constructor
     if isinstance(constructor, type) and issubclass(constructor, ObserverBase):
@@ -164,5 +140,4 @@ default_weight_only_qconfig = QConfig(
 )
 
 
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

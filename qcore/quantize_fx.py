@@ -3,23 +3,24 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import fx, nn
 
-from qcore.arguments import Problems, check_mode, checked_convert_config, checked_request
+from qcore.arguments import check_mode, checked_convert_config, checked_request
 from qcore.backend_config import BackendConfig
 from qcore.errors import (
     CalibrationError,
     ConfigError,
     NothingToQuantizeError,
     NotSupportedError,
+    Problems,
     QcoreWarning,
     TraceError,
     UnsupportedQConfigError,
     UnsupportedQConfigWarning,
 )
-from qcore.fx.batches import CallForm
+from qcore.fx.batches import InputConvention
 from qcore.fx.convert import convert_to_reference
 from qcore.fx.custom_config import ConvertCustomConfig, PrepareCustomConfig
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
@@ -45,7 +46,7 @@ from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import trace
 from qcore.fx.twin import shared, twin_of, uncompiled
-from qcore.migration import missing_from
+from qcore.migration import explain_missing
 from qcore.plugins.backend import Backend
 from qcore.plugins.manager import REFERENCE, best_backend, canonical_backend_name, get_available_backend
 from qcore.qconfig_mapping import QConfigMapping
@@ -121,7 +122,7 @@ def prepare_fx(
 
     args, kwargs = _call(example_inputs)
     settings = Settings(
-        chosen.name, config, backend_config is not None and backend is None, CallForm.of(model, args, kwargs)
+        chosen.name, config, backend_config is not None and backend is None, InputConvention.of(model, args, kwargs)
     )
     kwargs = {**kwargs, **(concrete_args or {})}
     if tracer is not None:
@@ -462,5 +463,4 @@ def _warn_of_unmatched_types(resolver: Resolver, model: nn.Module, found: Parts,
         warnings.warn(f"{problem}{where}", QcoreWarning, stacklevel=3)
 
 
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
 _GAP = 2
 _LEAST = 10
@@ -45,11 +46,9 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     columns = [_cell(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    height = max(len(column) for column in columns)
-    filled = [[*column, *[""] * (height - len(column))] for column in columns]
     return [
         (" " * _GAP).join(part.ljust(width) for part, width in zip(line, widths, strict=True))
-        for line in zip(*filled, strict=True)
+        for line in zip_longest(*columns, fillvalue="")
     ]
 
 
@@ -57,15 +56,11 @@ def _cell(text: str, width: int) -> list[str]:
     """A cell's lines, broken behind a space or a dot, else anywhere."""
     lines = [""]
     for piece in re.findall(r"[^ .]*[ .]?", text):
-        while piece:
+        if len(lines[-1]) + len(piece.rstrip(" ")) > width and lines[-1].strip():
+            lines.append("  ")
+        while len(lines[-1]) + len(piece.rstrip(" ")) > width:
             room = width - len(lines[-1])
-            if len(piece.rstrip(" ")) <= room:
-                lines[-1] += piece
-                break
-            if lines[-1].strip():
-                lines.append("  ")
-            else:
-                lines[-1] += piece[:room]
-                piece = piece[room:]
-                lines.append("  ")
+            lines[-1], piece = lines[-1] + piece[:room], piece[room:]
+            lines.append("  ")
+        lines[-1] += piece
     return [line.rstrip() for line in lines]

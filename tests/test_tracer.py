@@ -11,7 +11,7 @@ from torch import nn
 from qcore.errors import TraceError
 from qcore.fx.fuse import BATCH_NORM_FUSIONS, fuse
 from qcore.fx.inplace import given, write_back
-from qcore.fx.operators import operator_of
+from qcore.fx.operators import FORMS, RNN_CELLS, operator_of
 from qcore.fx.tracer import trace
 
 
@@ -86,6 +86,54 @@ def test_a_functional_layer_and_a_module_look_alike():
         (node,) = (n for n in traced.graph.nodes if n.op == "call_function")
         assert operator_of(node).name == "linear"
         assert [a.op if a is not None else None for a in node.args] == ["placeholder", "get_attr", None]
+
+
+class Cell(nn.Module):
+    def __init__(self, function, gates):
+        super().__init__()
+        self.function = function
+        self.w_ih, self.w_hh = (nn.Parameter(torch.randn(gates * 4, 4)) for _ in range(2))
+        self.b_hh = nn.Parameter(torch.randn(gates * 4))
+
+    def forward(self, x):
+        return self.function(x, x, self.w_ih, self.w_hh, b_ih=torch.zeros_like(self.b_hh), b_hh=self.b_hh)
+
+
+@pytest.mark.parametrize("function, gates", [(torch.rnn_tanh_cell, 1), (torch.rnn_relu_cell, 1), (torch.gru_cell, 3)])
+def test_a_recurrent_cell_is_one_operator_with_two_weights(function, gates):
+    traced = trace(Cell(function, gates).eval())
+    (node,) = (n for n in traced.graph.nodes if operator_of(n) in RNN_CELLS)
+    op = operator_of(node)
+    assert node.target is function and not node.kwargs
+    assert [node.args[position].target for position in op.weights] == ["w_ih", "w_hh"]
+    assert node.args[op.biases[1]].target == "b_hh"
+    assert (op.weight, op.bias) == (op.weights[0], op.biases[0])
+
+
+def test_every_weight_has_a_bias():
+    operators = {form.operator for form in FORMS.values()} - {None}
+    assert all(len(op.weights) == len(op.biases) for op in operators)
+
+
+@pytest.mark.parametrize("form", [lambda x: torch.cat(x.chunk(2, 1), 1), lambda x: torch.cat(x.chunk(2, 1), dim=1)])
+def test_a_tuple_is_joined_as_its_members_are(form):
+    assert calls(form) == [("chunk", 2, 1), ("cat", 1)]
+
+
+OTHERS = {
+    "clamp by tensors": lambda x: torch.clamp(x, x.new_zeros(4), x.new_ones(4)),
+    "mean of everything": lambda x: torch.mean(x),
+    "softmax in another dtype": lambda x: torch.softmax(x, 1, torch.float64),
+    "method in another dtype": lambda x: x.softmax(1, torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_call_without_a_normal_form_is_taken_for_none(name):
+    traced, x = trace(as_module(OTHERS[name])), torch.randn(3, 4)
+    last = next(n for n in reversed(traced.graph.nodes) if n.op in ("call_function", "call_method"))
+    assert operator_of(last) is None
+    assert torch.equal(traced(x), OTHERS[name](x))
 
 
 class Inplace(nn.Module):

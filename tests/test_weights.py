@@ -43,11 +43,11 @@ def assert_same(found, wanted):
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
-@pytest.mark.parametrize("kernels", [{}, {PerChannelMinMaxObserver: NeighboursLimited}], ids=["plain", "pairs"])
+@pytest.mark.parametrize("stand_ins", [{}, {PerChannelMinMaxObserver: NeighboursLimited}], ids=["plain", "pairs"])
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("odd", [False, True])
-def test_weights_rounded_together_are_those_rounded_one_by_one(constructor, kernels, odd):
-    if kernels and constructor == "input channels":
+def test_weights_rounded_together_are_those_rounded_one_by_one(constructor, stand_ins, odd):
+    if stand_ins and constructor == "input channels":
         pytest.skip("kernels that add pairs have their channels along the first axis")
     torch.manual_seed(0)
     shapes = [(4, 4, 3, 3), (32, 1, 3, 3), (16, 8), (4, 4, 3, 3), (300, 1000)]
@@ -58,9 +58,9 @@ def test_weights_rounded_together_are_those_rounded_one_by_one(constructor, kern
     if odd:
         weights[5].values[1] = 0.0  # A channel that takes its scale from its neighbours.
         weights[6].values[0] = 1e-42
-    together = quantize_weights(weights, kernels)
+    together = quantize_weights(weights, stand_ins)
     for weight, found in zip(weights, together, strict=True):
-        assert_same(found, quantize_weights([weight], kernels)[0])
+        assert_same(found, quantize_weights([weight], stand_ins)[0])
         assert found.values.untyped_storage().nbytes() == weight.values.numel()
 
 

@@ -18,7 +18,7 @@ _PICK = "say how to pick the model's inputs: calibrate(prepared, batches, inputs
 
 
 @dataclass(frozen=True)
-class CallForm:
+class InputConvention:
     """How the model was called on the example inputs.
 
     Attributes:
@@ -34,14 +34,14 @@ class CallForm:
     names: tuple[str, ...] | None
 
     @staticmethod
-    def of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "CallForm":
-        """The form of ``model(*args, **kwargs)``."""
+    def of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "InputConvention":
+        """The convention of ``model(*args, **kwargs)``."""
         try:
             parameters = list(inspect.signature(model.forward).parameters.values())
         except (TypeError, ValueError):  # A forward that isn't Python.
             parameters = [inspect.Parameter(kind.name, kind) for kind in _ANY]
         kinds = [parameter.kind for parameter in parameters]
-        return CallForm(
+        return InputConvention(
             len(args) + len(kwargs),
             bool(args) and isinstance(args[0], _CONTAINERS),
             None if _ANY[0] in kinds else sum(kind in _BY_POSITION for kind in kinds),
@@ -80,17 +80,17 @@ class CallForm:
 
     def by_name(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments that a mapping stands for."""
-        unknown = [name for name in batch if self.names is not None and name not in self.names]
+        names = batch if self.names is None else self.names
+        unknown = [name for name in batch if name not in names]
         if unknown:
-            assert self.names is not None
-            known = [name for name in batch if name in self.names]
+            known = [name for name in batch if name in names]
             pick = f"{{name: batch[name] for name in {known}}}" if known else "batch[...]"
             raise ConfigError(
                 f"a batch holds {', '.join(map(repr, unknown))}, and the model's forward takes "
-                f"{', '.join(self.names) or 'nothing by name'}; {_PICK.format(pick)}"
+                f"{', '.join(names) or 'nothing by name'}; {_PICK.format(pick)}"
             )
         return dict(batch)
 
 
 #: For a model of which nothing is known: every entry of a batch is an argument.
-ANY_FORM = CallForm(0, True, None, None)
+ANY_CONVENTION = InputConvention(0, True, None, None)

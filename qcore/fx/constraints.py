@@ -20,11 +20,8 @@ def reads_float(dtype_config: DTypeConfig) -> bool:
 
 def bounds_within(traits: ObserverTraits, constraints: DTypeWithConstraints) -> tuple[int, int]:
     """The range of integers that an observer and a kernel both take."""
-    low, high = constraints.quant_min_lower_bound, constraints.quant_max_upper_bound
-    return (
-        traits.quant_min if low is None else max(traits.quant_min, int(low)),
-        traits.quant_max if high is None else min(traits.quant_max, int(high)),
-    )
+    low, high = constraints.integers
+    return int(max(traits.quant_min, low)), int(min(traits.quant_max, high))
 
 
 def scale_bounds(constraints: DTypeWithConstraints) -> tuple[float | None, float | None]:
@@ -64,18 +61,16 @@ def violation(side: str, traits: ObserverTraits, constraints: DTypeWithConstrain
     if constraints.ch_axis is not None and traits.ch_axis not in (None, constraints.ch_axis):
         return f"{side} ch_axis {traits.ch_axis}, it takes {constraints.ch_axis}"
     if traits.has_explicit_range:
-        low, high = constraints.quant_min_lower_bound, constraints.quant_max_upper_bound
-        if low is not None and traits.quant_min < low:
+        low, high = constraints.integers
+        if traits.quant_min < low:
             return f"{side} quant_min {traits.quant_min} < {low} (quant_min_lower_bound)"
-        if high is not None and traits.quant_max > high:
+        if traits.quant_max > high:
             return f"{side} quant_max {traits.quant_max} > {high} (quant_max_upper_bound)"
-    floor = constraints.scale_min_lower_bound
-    if floor is not None and traits.eps is not None and traits.eps < floor:
-        return f"{side} eps {traits.eps} < {floor} (scale_min_lower_bound)"
+    if traits.eps is not None and traits.eps < constraints.scales[0]:
+        return f"{side} eps {traits.eps} < {constraints.scales[0]} (scale_min_lower_bound)"
     if fixes_count and traits.fixed is not None:
-        scale, zero_point = constraints.scale_exact_match, constraints.zero_point_exact_match
-        if scale is not None and traits.fixed[0] != scale:
-            return f"{side} scale {traits.fixed[0]}, it takes exactly {scale}"
-        if zero_point is not None and traits.fixed[1] != zero_point:
-            return f"{side} zero point {traits.fixed[1]}, it takes exactly {zero_point}"
+        exact = (constraints.scale_exact_match, constraints.zero_point_exact_match)
+        for name, own, demanded in zip(("scale", "zero point"), traits.fixed, exact, strict=True):
+            if demanded is not None and own != demanded:
+                return f"{side} {name} {own}, it takes exactly {demanded}"
     return None

@@ -31,14 +31,14 @@ from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import activation_inputs
 from qcore.fx.record import Record
 from qcore.fx.weights import FloatWeight, IntegerWeight, quantize_weights
-from qcore.observer import ObserverBase
+from qcore.observer import ObserverBase, StandIns
 from qcore.quantization_plan import QParamsSpec
 
 
 def convert_to_reference(
     prepared: QGraphModule,
     record: Record,
-    stand_ins: dict[type[ObserverBase], type[ObserverBase]],
+    stand_ins: StandIns,
     memo: dict[int, Any],
 ) -> QGraphModule:
     """Replace every observer by quantize and dequantize, and every planned weight by integers.
@@ -46,7 +46,7 @@ def convert_to_reference(
     Args:
         prepared: after calibration; it isn't changed.
         record: of it; what it preserves may be more than what ``prepare_fx`` did.
-        stand_ins: the backend's implementations of observers, for the weights.
+        stand_ins: the backend's observers in the place of others, for the weights.
         memo: of deepcopy; what the parts of a model share, their copies share.
 
     Raises:
@@ -107,7 +107,7 @@ class _Conversion:
         prepared: QGraphModule,
         record: Record,
         observers: dict[int, ObserverBase],
-        stand_ins: dict[type[ObserverBase], type[ObserverBase]],
+        stand_ins: StandIns,
         memo: dict[int, Any],
     ) -> None:
         self.prepared = prepared

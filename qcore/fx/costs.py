@@ -5,7 +5,7 @@ import math
 from torch import fx, nn
 
 from qcore.fx.graph_module import get_attribute, submodule
-from qcore.fx.operators import CONV, CONV_TRANSPOSE, LINEAR, MATMUL, operator_of
+from qcore.fx.operators import CONV, CONV_TRANSPOSE, LINEAR, MATMUL, RNN_CELLS, operator_of
 from qcore.fx.shapes import Example
 
 
@@ -16,25 +16,24 @@ def multiply_adds(node: fx.Node, root: nn.Module) -> int:
         node: a call.
         root: holds its module.
     """
+    given = _example(next(iter(node.args), None))
+    if given is None:
+        return 0
     if node.op == "call_module":
-        module, given = submodule(root, str(node.target)), _example(next(iter(node.args), None))
-        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or given is None:
-            return 0
-        return math.prod(given.shape[:-1]) * module_weights(module)  # Each weight once at every step.
+        module = submodule(root, str(node.target))
+        is_recurrent = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+        return math.prod(given.shape[:-1]) * module_weights(module) if is_recurrent else 0
     op, result = operator_of(node), _example(node)
     if op is None or result is None:
         return 0
-    operands = [_example(argument) for argument in node.args[:2]]
-    left, right = (*operands, None, None)[:2]
-    if left is None or right is None:
+    if op in (LINEAR, *RNN_CELLS):
+        return math.prod(given.shape[:-1]) * weight_count(node, root)
+    other = _example(node.args[1]) if op in (*CONV, *CONV_TRANSPOSE, MATMUL) else None
+    if other is None:
         return 0
-    if op in CONV:
-        return math.prod(result.shape) * math.prod(right.shape[1:])
-    if op in CONV_TRANSPOSE:
-        return math.prod(left.shape) * math.prod(right.shape[1:])
-    if op in (LINEAR, MATMUL):
-        return math.prod(result.shape) * left.shape[-1]
-    return 0
+    if op is MATMUL:
+        return math.prod(result.shape) * given.shape[-1]
+    return math.prod((given if op in CONV_TRANSPOSE else result).shape) * math.prod(other.shape[1:])
 
 
 def weight_count(node: fx.Node, root: nn.Module) -> int:
@@ -47,8 +46,8 @@ def weight_count(node: fx.Node, root: nn.Module) -> int:
     """
     op = operator_of(node)
     if op is not None:
-        weight = None if op.weight is None else _example(node.args[op.weight])
-        return 0 if weight is None else math.prod(weight.shape)
+        weights = [_example(node.args[position]) for position in op.weights]
+        return sum(math.prod(weight.shape) for weight in weights if weight is not None)
     if node.op == "call_module":
         return module_weights(submodule(root, str(node.target)))
     if all(source.op == "get_attr" for source in node.all_input_nodes):

@@ -1,15 +1,44 @@
 """PrepareCustomConfig and ConvertCustomConfig: exceptions to the rules, with torch.ao's names."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from qcore.errors import ConfigError, NotSupportedError
-from qcore.migration import missing_from
+from qcore.migration import HasNamesake, explain_missing
 
 
-class PrepareCustomConfig:
+class _CustomConfig(HasNamesake):
+    #: The setter of each key of torch.ao's dictionary.
+    _setters: ClassVar[dict[str, str]]
+
+    def __init__(self) -> None:
+        self.preserved_attributes: list[str] = []
+
+    def set_preserved_attributes(self, attributes: Sequence[str]) -> Self:
+        """Carry these attributes of the model over to what is made of it."""
+        self.preserved_attributes = _listed("set_preserved_attributes", attributes, str, "names")
+        return self
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """A config from torch.ao's dictionary.
+
+        Raises:
+            ConfigError: a key isn't a known one.
+            NotSupportedError: a key is known and not supported yet.
+        """
+        unknown = [key for key in config if key not in cls._setters]
+        if unknown:
+            raise ConfigError(f"unknown keys {unknown} in the custom config; known are {list(cls._setters)}")
+        made = cls()
+        for key, value in config.items():
+            getattr(made, cls._setters[key])(value)
+        return made
+
+
+class PrepareCustomConfig(_CustomConfig):
     """What ``prepare_fx`` shall do otherwise. Every setter returns the config.
 
     Attributes:
@@ -19,11 +48,22 @@ class PrepareCustomConfig:
         guard_failure: ``"error"`` or ``"float"``.
     """
 
+    _setters: ClassVar[dict[str, str]] = {
+        "non_traceable_module_name": "set_non_traceable_module_names",
+        "non_traceable_module_class": "set_non_traceable_module_classes",
+        "preserved_attributes": "set_preserved_attributes",
+        "input_quantized_idxs": "set_input_quantized_indexes",
+        "output_quantized_idxs": "set_output_quantized_indexes",
+        "standalone_module_name": "set_standalone_module_name",
+        "standalone_module_class": "set_standalone_module_class",
+        "float_to_observed_custom_module_class": "set_float_to_observed_mapping",
+    }
+
     def __init__(self) -> None:
+        super().__init__()
         self.guard_failure = "error"
         self.non_traceable_module_names: list[str] = []
         self.non_traceable_module_classes: list[type[nn.Module]] = []
-        self.preserved_attributes: list[str] = []
 
     def set_non_traceable_module_names(self, module_names: Sequence[str]) -> Self:
         """Keep the modules at these paths whole and float."""
@@ -36,13 +76,8 @@ class PrepareCustomConfig:
         self.non_traceable_module_classes = classes
         return self
 
-    def set_preserved_attributes(self, attributes: Sequence[str]) -> Self:
-        """Carry these attributes of the model over to the prepared and the converted one."""
-        self.preserved_attributes = _listed("set_preserved_attributes", attributes, str, "names")
-        return self
-
     def set_guard_failure(self, action: str) -> Self:
-        """What to do about a call in a form that the model wasn't prepared for.
+        """What to do about a call with other constants, containers or sizes than the model was prepared for.
 
         Args:
             action: ``"error"`` raises a :class:`~qcore.errors.GuardError`; ``"float"`` keeps a float model beside the
@@ -53,95 +88,26 @@ class PrepareCustomConfig:
         self.guard_failure = action
         return self
 
-    def set_standalone_module_name(self, *_arguments: Any, **_keywords: Any) -> Self:
-        """Not yet: submodules prepared as a unit."""
-        raise _not_yet("set_standalone_module_name")
-
-    def set_standalone_module_class(self, *_arguments: Any, **_keywords: Any) -> Self:
-        """Not yet: submodules prepared as a unit."""
-        raise _not_yet("set_standalone_module_class")
-
-    def set_float_to_observed_mapping(self, *_arguments: Any, **_keywords: Any) -> Self:
-        """Not yet: custom modules."""
-        raise _not_yet("set_float_to_observed_mapping")
-
     def set_input_quantized_indexes(self, indexes: Sequence[int]) -> Self:
-        """Not yet: inputs that arrive quantized."""
-        if not indexes:
-            return self
-        raise _not_yet("set_input_quantized_indexes")
+        """Not yet: inputs that arrive quantized, and outputs that leave so; only that there are none may be said."""
+        if indexes:
+            raise NotSupportedError(f"inputs and outputs are float, found the indexes {indexes}; leave them out")
+        return self
 
-    def set_output_quantized_indexes(self, indexes: Sequence[int]) -> Self:
-        """Not yet: outputs that leave quantized."""
-        if not indexes:
-            return self
-        raise _not_yet("set_output_quantized_indexes")
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
-        """A config from torch.ao's dictionary form.
-
-        Raises:
-            ConfigError: a key isn't a known one.
-            NotSupportedError: a key is known and not supported yet.
-        """
-        setters = {
-            "non_traceable_module_name": "set_non_traceable_module_names",
-            "non_traceable_module_class": "set_non_traceable_module_classes",
-            "preserved_attributes": "set_preserved_attributes",
-            "input_quantized_idxs": "set_input_quantized_indexes",
-            "output_quantized_idxs": "set_output_quantized_indexes",
-            "standalone_module_name": "set_standalone_module_name",
-            "standalone_module_class": "set_standalone_module_class",
-            "float_to_observed_custom_module_class": "set_float_to_observed_mapping",
-        }
-        made = cls()
-        _set_all(made, config, setters)
-        return made
+    set_output_quantized_indexes = set_input_quantized_indexes
 
 
-class ConvertCustomConfig:
-    """What ``convert_fx`` shall do otherwise.
+class ConvertCustomConfig(_CustomConfig):
+    """What ``convert_fx`` shall do otherwise. Every setter returns the config.
 
     Attributes:
         preserved_attributes: names of attributes of the prepared model to carry over.
     """
 
-    def __init__(self) -> None:
-        self.preserved_attributes: list[str] = []
-
-    def set_preserved_attributes(self, attributes: Sequence[str]) -> Self:
-        """Carry these attributes of the prepared model over to the converted one."""
-        self.preserved_attributes = _listed("set_preserved_attributes", attributes, str, "names")
-        return self
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
-        """A config from torch.ao's dictionary form.
-
-        Raises:
-            ConfigError: a key isn't a known one.
-            NotSupportedError: a key is known and not supported yet.
-        """
-        made = cls()
-        setters = {
-            "preserved_attributes": "set_preserved_attributes",
-            "observed_to_quantized_custom_module_class": "set_observed_to_quantized_mapping",
-        }
-        _set_all(made, config, setters)
-        return made
-
-    def set_observed_to_quantized_mapping(self, *_arguments: Any, **_keywords: Any) -> Self:
-        """Not yet: custom modules."""
-        raise NotSupportedError("ConvertCustomConfig.set_observed_to_quantized_mapping isn't supported yet")
-
-
-def _set_all(made: object, config: dict[str, Any], setters: dict[str, str]) -> None:
-    unknown = [key for key in config if key not in setters]
-    if unknown:
-        raise ConfigError(f"unknown keys {unknown} in the custom config; known are {list(setters)}")
-    for key, value in config.items():
-        getattr(made, setters[key])(value)
+    _setters: ClassVar[dict[str, str]] = {
+        "preserved_attributes": "set_preserved_attributes",
+        "observed_to_quantized_custom_module_class": "set_observed_to_quantized_mapping",
+    }
 
 
 def _listed(setter: str, values: Any, kind: type, wanted: str) -> list[Any]:
@@ -153,12 +119,4 @@ def _listed(setter: str, values: Any, kind: type, wanted: str) -> list[Any]:
     return items
 
 
-def _not_yet(setter: str) -> NotSupportedError:
-    return NotSupportedError(
-        f"PrepareCustomConfig.{setter} isn't supported yet. To keep a submodule float and whole, use "
-        "set_non_traceable_module_names; to keep it float, set_module_name(path, None) in the QConfigMapping"
-    )
-
-
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

@@ -13,12 +13,11 @@ from torch import Tensor, fx, nn
 
 from qcore.backend_config import Pattern
 from qcore.errors import PluginError
-from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, delete_tensor, get_attribute, set_tensor, submodule
-from qcore.fx.match import only_reader
+from qcore.fx.match import PatternTable
 from qcore.fx.names import free_target, is_free
 from qcore.fx.nodes import new_node
-from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, anchor_key, operator_of
+from qcore.fx.operators import BATCH_NORM, CONV, CONV_TRANSPOSE, LINEAR, operator_of
 from qcore.fx.shapes import Example
 from qcore.fx.signature import check_size
 
@@ -72,32 +71,16 @@ def apply_patterns(module: QGraphModule, patterns: Sequence[FusionPattern]) -> b
         Whether any was applied that needs a run.
     """
     needs_run = False
-    by_anchor: dict[object, list[tuple[tuple[object, ...], FusionPattern]]] = {}
-    for pattern in patterns:
-        keys = pattern_keys(pattern.pattern)
-        by_anchor.setdefault(keys[0], []).append((keys, pattern))
-    for candidates in by_anchor.values():
-        candidates.sort(key=lambda item: -len(item[0]))
+    table = PatternTable((pattern.pattern, pattern) for pattern in patterns)
     module_types: dict[str, type[nn.Module]] = {}
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             module_types[str(node.target)] = type(submodule(module, str(node.target)))
-        for keys, pattern in by_anchor.get(anchor_key(node, module_types), ()):
-            chain = _chain(node, keys, module_types)
-            if chain is not None and pattern.apply(module, chain):
+        for chain, pattern in table.chains(node, module_types):
+            if pattern.apply(module, chain):
                 needs_run |= pattern.needs_run
                 break
     return needs_run
-
-
-def _chain(node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]]) -> list[fx.Node] | None:
-    chain = [node]
-    for key in keys[1:]:
-        reader = only_reader(chain[-1])
-        if reader is None or anchor_key(reader, module_types) != key:
-            return None
-        chain.append(reader)
-    return chain
 
 
 def fold_batch_norm(module: QGraphModule, chain: Sequence[fx.Node]) -> bool:

@@ -1,14 +1,16 @@
 """Finds the backend's patterns in a graph: one look at each node, by the operator that anchors a pattern."""
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Generic, TypeVar
 
 from torch import fx, nn
 
-from qcore.backend_config import BackendConfig, BackendPatternConfig, ObservationType
-from qcore.fx.forms import pattern_keys
-from qcore.fx.operators import Kind, activation_inputs, anchor_key, operator_of
+from qcore.backend_config import BackendConfig, BackendPatternConfig, ObservationType, Pattern
+from qcore.fx.operators import Kind, activation_inputs, anchor_key, operator_of, pattern_keys
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,38 @@ class Match:
         return [source for node in self.nodes for source in activation_inputs(node) if source not in inside]
 
 
-class PatternTable:
-    """A BackendConfig's patterns, by anchor; longer ones first, and of equal length those with a condition first."""
+class PatternTable(Generic[T]):
+    """Things that each have a pattern, by the operator that the pattern begins with.
 
-    def __init__(self, config: BackendConfig) -> None:
-        self._by_anchor: dict[object, list[tuple[tuple[object, ...], BackendPatternConfig]]] = defaultdict(list)
-        for pattern in config.configs:
-            keys = pattern_keys(pattern.pattern)
-            if pattern.observation_type is not ObservationType.INPUT_OUTPUT_NOT_OBSERVED:
-                self._by_anchor[keys[0]].append((keys, pattern))
+    Args:
+        patterns: patterns, each with what it is the pattern of. Longer ones are tried first, those of equal length in
+            the order in which they are given.
+    """
+
+    def __init__(self, patterns: Iterable[tuple[Pattern, T]]) -> None:
+        self._by_anchor: dict[object, list[tuple[tuple[object, ...], T]]] = {}
+        for pattern, item in patterns:
+            keys = pattern_keys(pattern)
+            self._by_anchor.setdefault(keys[0], []).append((keys, item))
         for candidates in self._by_anchor.values():
-            # A stable sort: of equal patterns, the one that was added last wins, as everywhere in a BackendConfig.
-            candidates.reverse()
-            candidates.sort(key=lambda item: (-len(item[0]), item[1].condition is None))
+            candidates.sort(key=lambda candidate: -len(candidate[0]))
 
-    def candidates(self, key: object) -> list[tuple[tuple[object, ...], BackendPatternConfig]]:
-        """The patterns that begin with an operator."""
-        return self._by_anchor.get(key, [])
+    def chains(self, node: fx.Node, module_types: dict[str, type[nn.Module]]) -> Iterator[tuple[list[fx.Node], T]]:
+        """The chains that begin with ``node``, in each of which a node is the only reader of the one before it."""
+        for keys, item in self._by_anchor.get(anchor_key(node, module_types), ()):
+            chain = [node]
+            for key in keys[1:]:
+                reader = only_reader(chain[-1])
+                if reader is None or anchor_key(reader, module_types) != key:
+                    break
+                chain.append(reader)
+            else:
+                yield chain, item
 
 
 def find_matches(
     graph: fx.Graph,
-    table: PatternTable,
+    config: BackendConfig,
     module_types: dict[str, type[nn.Module]],
     may_absorb: Callable[[fx.Node, fx.Node], bool],
     accepts: Callable[[fx.Node, BackendPatternConfig], bool],
@@ -71,7 +83,8 @@ def find_matches(
 
     Args:
         graph: in normal form, with examples.
-        table: the backend's patterns.
+        config: the backend's patterns; of equal length those with a condition are tried first, and then those that were
+            added last, as everywhere in a BackendConfig.
         module_types: classes of the leaf modules, by path.
         may_absorb: whether a clamp (second) may be absorbed by the quantize that follows a pattern (anchor first);
             asked only where nothing else reads the clamp's input.
@@ -81,6 +94,9 @@ def find_matches(
     Returns:
         The matches, in the order of their results: all that a match reads from other matches comes before it.
     """
+    observed = [c for c in config.configs if c.observation_type is not ObservationType.INPUT_OUTPUT_NOT_OBSERVED]
+    ordered = sorted(reversed(observed), key=lambda pattern: pattern.condition is None)
+    table = PatternTable((pattern.pattern, pattern) for pattern in ordered)
     matches: list[Match] = []
     taken: set[fx.Node] = set()
     position = {node: number for number, node in enumerate(graph.nodes)}
@@ -88,19 +104,24 @@ def find_matches(
         if node in taken or node.op not in ("call_function", "call_method", "call_module"):
             continue
         fitting = [
-            (chain, config)
-            for keys, config in table.candidates(anchor_key(node, module_types))
-            if (chain := _follow(node, keys, module_types, taken)) is not None
-            and (config.condition is None or config.condition.holds(node))
+            (chain, pattern)
+            for chain, pattern in table.chains(node, module_types)
+            if taken.isdisjoint(chain)
+            and all(map(_goes_on, chain, chain[1:]))
+            and (pattern.condition is None or pattern.condition.holds(node))
         ]
         if not fitting:
             continue
-        chain, config = fitting[0]
+        chain, pattern = fitting[0]
         if len(fitting) > 1:
-            chain, config = next((item for item in fitting if accepts(node, item[1])), fitting[0])
-        clamps = _absorbable(chain, taken, may_absorb) if _observes_output(config) else []
-        matches.append(Match((*chain, *clamps), len(clamps) + _trailing_clamps(chain, config), config))
-        taken.update(matches[-1].nodes)
+            chain, pattern = next((item for item in fitting if accepts(node, item[1])), fitting[0])
+        clamps = 0
+        if pattern.observation_type is ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT:
+            chain += _absorbable(chain, taken, may_absorb)
+            # Those that the pattern itself names at its end count as well.
+            clamps = len(list(takewhile(_is_clamp, reversed(chain[1:]))))
+        matches.append(Match(tuple(chain), clamps, pattern))
+        taken.update(chain)
     matches.sort(key=lambda match: position[match.result])
     return matches
 
@@ -113,26 +134,13 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     return reader if reader.op != "output" and node in activation_inputs(reader) else None
 
 
-def _observes_output(config: BackendPatternConfig) -> bool:
-    return config.observation_type is ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
+def _goes_on(value: fx.Node, reader: fx.Node) -> bool:
+    """Whether a reader computes with the value of the chain once, and with tensors for the rest.
 
-
-def _follow(
-    node: fx.Node, keys: tuple[object, ...], module_types: dict[str, type[nn.Module]], taken: set[fx.Node]
-) -> list[fx.Node] | None:
-    chain = [node]
-    for key in keys[1:]:
-        reader = only_reader(chain[-1])
-        if reader is None or reader in taken or anchor_key(reader, module_types) != key:
-            return None
-        if activation_inputs(reader).count(chain[-1]) != 1:
-            return None  # x + x: the chain's own value is the other operand, too.
-        others = [source for source in activation_inputs(reader) if source is not chain[-1]]
-        op = operator_of(reader)
-        if op is not None and len(op.activations) != 1 + len(others):
-            return None  # An addition of a number is no addition of a residual.
-        chain.append(reader)
-    return chain
+    In ``x + x`` the chain's own value is the other operand, too; an addition of a number is none of a residual.
+    """
+    inputs, op = activation_inputs(reader), operator_of(reader)
+    return inputs.count(value) == 1 and (op is None or len(op.activations) == len(inputs))
 
 
 def _absorbable(
@@ -144,16 +152,6 @@ def _absorbable(
         clamps.append(reader)
         reader = only_reader(reader)
     return clamps
-
-
-def _trailing_clamps(chain: list[fx.Node], config: BackendPatternConfig) -> int:
-    """Clamps that the pattern itself names at its end; the same holds for them."""
-    if not _observes_output(config):
-        return 0
-    count = 0
-    while count < len(chain) - 1 and _is_clamp(chain[-1 - count]):
-        count += 1
-    return count
 
 
 def _is_clamp(node: fx.Node) -> bool:

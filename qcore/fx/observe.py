@@ -2,52 +2,52 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
 from qcore.fx.graph_module import QGraphModule
 from qcore.fx.names import free_target
 from qcore.fx.nodes import new_node
-from qcore.observer import FixedQParamsObserver, ObserverBase
-from qcore.qconfig import ObserverConstructor, build_observer
+from qcore.observer import FixedQParamsObserver, ObserverBase, StandIns
+from qcore.qconfig import spec_of
 from qcore.quantization_plan import QParamsSpec, QuantizationPlan
 
 OBSERVER_PREFIX = "activation_post_process"
 
 
-def make_observer(spec: QParamsSpec, kernels: dict[type[ObserverBase], type[ObserverBase]]) -> ObserverBase:
-    """The observer of one set of qparams.
+def make_observer(wanted: QParamsSpec, stand_ins: StandIns) -> ObserverBase:
+    """The observer of one set of qparams, with the range that the plan settled on.
+
+    Only a class or an :class:`~qcore.observer.ObserverSpec` whose user left the range open is told; any other
+    constructor knows its own.
 
     Args:
-        spec: from the plan.
-        kernels: a backend's own implementations of observers, by the class that they stand in for.
+        wanted: from the plan.
+        stand_ins: the backend's observers in the place of others.
     """
-    if spec.fixed is not None:
-        scale, zero_point = spec.fixed
-        return FixedQParamsObserver(
-            scale,
-            zero_point,
-            dtype=spec.traits.dtype,
-            quant_min=spec.quant_min,
-            quant_max=spec.quant_max,
-        )
-    constructor: ObserverConstructor = spec.constructor
-    observer_class = constructor if isinstance(constructor, type) else getattr(constructor, "observer", None)
-    if observer_class in kernels:
-        own = kernels[observer_class]
-        constructor = own if isinstance(constructor, type) else replace(constructor, observer=own)  # type: ignore[type-var]
-    return build_observer(constructor, spec.traits, spec.quant_min, spec.quant_max, spec.eps)
+    traits = wanted.traits
+    integers = {"quant_min": wanted.quant_min, "quant_max": wanted.quant_max}
+    if wanted.fixed is not None:
+        return FixedQParamsObserver(*wanted.fixed, dtype=traits.dtype, **integers)
+    spec = spec_of(wanted.constructor)
+    if spec is None:
+        return wanted.constructor()
+    overrides: dict[str, Any] = {}
+    if not traits.has_explicit_range and tuple(integers.values()) != (traits.quant_min, traits.quant_max):
+        overrides |= integers
+    if traits.eps is None and wanted.eps is not None:
+        overrides["eps"] = wanted.eps
+    return replace(spec, observer=stand_ins.get(spec.observer, spec.observer))(**overrides)
 
 
-def observe(
-    module: QGraphModule, plan: QuantizationPlan, kernels: dict[type[ObserverBase], type[ObserverBase]]
-) -> dict[int, str]:
+def observe(module: QGraphModule, plan: QuantizationPlan, stand_ins: StandIns) -> dict[int, str]:
     """Insert the plan's observers into ``module``, which must be one of qcore's own copies.
 
     Args:
         module: the traced and fused model.
         plan: what to insert.
-        kernels: the backend's implementations of observers.
+        stand_ins: the backend's observers in the place of others.
 
     Returns:
         The observers' names, by number of the qparams.
@@ -59,7 +59,7 @@ def observe(
             number = len(names)
             name = free_target(f"{OBSERVER_PREFIX}_{number}", module)
             names[observation.qparams] = name
-            module.add_module(name, make_observer(plan.qparams[observation.qparams], kernels))
+            module.add_module(name, make_observer(plan.qparams[observation.qparams], stand_ins))
         value = nodes[observation.value]
         readers = list(value.users) if observation.readers is None else [nodes[name] for name in observation.readers]
         with module.graph.inserting_after(value):

@@ -17,10 +17,10 @@ from torch.nn.parameter import is_lazy
 
 from qcore.errors import TraceError
 from qcore.fx.costs import module_weights
-from qcore.fx.forms import MODULES, PASSING
 from qcore.fx.graph_module import QGraphModule, modules_of, submodule
 from qcore.fx.guard import aside, draws
 from qcore.fx.names import own_names
+from qcore.fx.operators import MODULES, PASSING
 from qcore.fx.record import FloatFallback, record_of
 from qcore.fx.runs import Runs
 from qcore.fx.shapes import copied, difference, propagate_examples, run_model

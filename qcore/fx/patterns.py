@@ -11,8 +11,7 @@ from torch import nn
 
 from qcore.backend_config import BackendConfig, BackendPatternConfig, Condition, DTypeConfig, ObservationType, Pattern
 from qcore.errors import did_you_mean
-from qcore.fx.forms import FORMS, MODULES
-from qcore.fx.operators import Operator, is_listed
+from qcore.fx.operators import FORMS, MODULES, Operator, is_listed
 
 
 def pattern_problems(pattern: Pattern) -> list[str]:

@@ -16,7 +16,7 @@ from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_
 from qcore.fx.costs import multiply_adds, weight_count
 from qcore.fx.graph_module import submodule
 from qcore.fx.hooks import hook_of
-from qcore.fx.match import Match, PatternTable, find_matches
+from qcore.fx.match import Match, find_matches
 from qcore.fx.operators import CLAMP, GETITEM, Kind, has_weights, is_tuple, operator_of
 from qcore.fx.resolve import Resolution, Resolver
 from qcore.fx.shapes import is_float_tensor, is_floating_tensor
@@ -145,8 +145,7 @@ class _Planner:
         self.absorbed: dict[str, str] = {}
 
     def run(self) -> tuple[QuantizationPlan, list[Refusal]]:
-        table = PatternTable(self.config)
-        matches = find_matches(self.traced.graph, table, self.module_types, self.may_absorb, self.accepts_qconfig)
+        matches = find_matches(self.traced.graph, self.config, self.module_types, self.may_absorb, self.accepts_qconfig)
         self.match_of = {node: match for match in matches for node in match.nodes}
         self.guess(matches)
         for match in matches:

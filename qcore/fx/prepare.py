@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from qcore.fx.effects import keeps_no_state
-from qcore.fx.forms import MODULES
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule, adopt, own_tensors, submodule, with_record
 from qcore.fx.hooks import notes_of_weights
 from qcore.fx.observe import observe
+from qcore.fx.operators import MODULES
 from qcore.fx.parts import NO_PYTHON, Part, Parts, scripts_in
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.record import Record, Settings
@@ -22,7 +22,7 @@ from qcore.fx.runs import comparable
 from qcore.fx.tracer import HARMLESS, Origin
 from qcore.fx.twin import Copies, copied_value, twin_of
 from qcore.fx.verify import rewrite
-from qcore.observer import ObserverBase
+from qcore.observer import StandIns
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import object_type_name
 from qcore.quantization_plan import Decision, QuantizationPlan
@@ -50,7 +50,7 @@ class Preparer:
         traits: dict[ObserverConstructor, ObserverTraits],
         settings: Settings,
         patterns: Sequence[FusionPattern],
-        stand_ins: dict[type[ObserverBase], type[ObserverBase]],
+        stand_ins: StandIns,
         copies: Copies,
     ) -> None:
         self.resolver = resolver

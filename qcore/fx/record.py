@@ -15,7 +15,7 @@ from torch import nn
 from qcore.backend_config import BackendConfig
 from qcore.dtypes import same_dtype
 from qcore.errors import GuardError
-from qcore.fx.batches import CallForm
+from qcore.fx.batches import InputConvention
 from qcore.quantization_plan import QuantizationPlan, joined_plan
 
 Stage = Literal["prepared", "reference", "converted"]
@@ -32,13 +32,13 @@ class Settings:
         backend: name of the backend.
         backend_config: the capability that the plan was made for.
         is_custom_config: whether the user gave that config; then there is no lowering but the reference's.
-        form: of the call with the example inputs.
+        convention: how the model was called on the example inputs.
     """
 
     backend: str
     backend_config: BackendConfig
     is_custom_config: bool
-    form: CallForm
+    convention: InputConvention
 
 
 @dataclass(frozen=True)

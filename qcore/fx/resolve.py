@@ -1,15 +1,15 @@
 """Which rule of a QConfigMapping speaks of an operator."""
 
-import difflib
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from qcore.fx.forms import pattern_keys
+from qcore.errors import did_you_mean
+from qcore.fx.operators import pattern_keys
 from qcore.fx.tracer import Origin
 from qcore.qconfig import QConfig
-from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name, qualified_name
+from qcore.qconfig_mapping import ObjectType, QConfigMapping, object_type_name, qualified_name, rule_name
 
 _INPLACE: dict[ObjectType, ObjectType] = {
     operator.add: operator.iadd,
@@ -46,7 +46,6 @@ class Resolver:
 
     def __init__(self, mapping: QConfigMapping) -> None:
         self._mapping = mapping
-        self._regexes = [(re.compile(text), text) for text in mapping.module_name_regex_qconfigs]
         #: Classes in whose forwards functions or methods were called.
         self.scopes: set[type] = set()
         self._by_place: dict[tuple[ObjectType, bool, str, type | None], Resolution] = {}
@@ -56,34 +55,31 @@ class Resolver:
         key = (origin.owner_path, origin.object_type, origin.index)
         ordered = self._mapping.module_name_object_type_order_qconfigs
         if key in ordered:
-            name = f"module_name {key[0]!r}, {object_type_name(key[1])} number {key[2]}"
-            return Resolution(name, ordered[key], True)
+            return Resolution(rule_name("module_name_object_type_order", *key), ordered[key], True)
         place = (origin.object_type, origin.is_module, origin.path, origin.scope_type)
         if place not in self._by_place:
-            self._by_place[place] = self._resolve_place(origin)
+            self._by_place[place] = self._resolve_place(*place)
         return self._by_place[place]
 
-    def _resolve_place(self, origin: Origin) -> Resolution:
+    def _resolve_place(self, kind: ObjectType, is_module: bool, place: str, scope: type | None) -> Resolution:
         mapping = self._mapping
-        path = origin.path
-        if not origin.is_module and origin.scope_type is not None:
-            self.scopes.add(origin.scope_type)
+        path = place
+        if not is_module and scope is not None:
+            self.scopes.add(scope)
         while path:
             if path in mapping.module_name_qconfigs:
-                specific = origin.is_module and path == origin.path
-                return Resolution(f"module_name {path!r}", mapping.module_name_qconfigs[path], specific)
+                specific = is_module and path == place
+                return Resolution(rule_name("module_name", path), mapping.module_name_qconfigs[path], specific)
             path = path.rpartition(".")[0]
-        for pattern, text in self._regexes:
-            if pattern.match(origin.path):
-                return Resolution(f"module_name_regex {text!r}", mapping.module_name_regex_qconfigs[text])
-        called = (origin.object_type, _OTHER_FORM.get(origin.object_type))
-        for candidate in called if origin.is_module else (origin.scope_type, *called):
+        for regex, qconfig in mapping.module_name_regex_qconfigs.items():
+            if re.match(regex, place):
+                return Resolution(rule_name("module_name_regex", regex), qconfig)
+        called = (kind, _OTHER_FORM.get(kind))
+        for candidate in called if is_module else (scope, *called):
             if candidate is not None and candidate in mapping.object_type_qconfigs:
-                name = f"object_type {object_type_name(candidate)}"
+                name = rule_name("object_type", candidate)
                 return Resolution(name, mapping.object_type_qconfigs[candidate], candidate in called)
-        if mapping.has_global:
-            return Resolution("global", mapping.global_qconfig)
-        return Resolution("", None)
+        return Resolution("global", mapping.global_qconfig) if mapping.has_global else Resolution("", None)
 
     def unmatched_names(self, module_paths: Iterable[str]) -> list[str]:
         """A sentence for every module name and regex of the mapping that fits no module."""
@@ -98,12 +94,11 @@ class Resolver:
             if name not in paths:
                 order = f"set_module_name_object_type_order({name!r}, {object_type_name(kind)}, {index})"
                 problems.append(f"{order} matches no module{_similar(name, paths)}")
-        for pattern, text in self._regexes:
-            if not any(pattern.match(path) for path in paths):
-                problems.append(
-                    f"set_module_name_regex({text!r}) matches no module; it is matched from the start of paths such as "
-                    f"{', '.join(repr(path) for path in sorted(paths - {''})[:3])}"
-                )
+        some = ", ".join(repr(path) for path in sorted(paths - {""})[:3])
+        for regex in self._mapping.module_name_regex_qconfigs:
+            if not any(re.match(regex, path) for path in paths):
+                matched = f"it is matched from the start of paths such as {some}"
+                problems.append(f"set_module_name_regex({regex!r}) matches no module; {matched}")
         return problems
 
     def unmatched_orders(self, calls: Mapping[tuple[str, ObjectType], int]) -> list[str]:
@@ -136,16 +131,14 @@ class Resolver:
         named = ", ".join(f"set_object_type({qualified_name(kind)}, ...)" for kind in missing)
         names = sorted({qualified_name(kind) for kind in (*found, *self.scopes)})
         listed = ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+        message = f"{named}: the model calls nothing of the kind, so that changes nothing; called are: {listed}"
         held = [qualified_name(kind) for kind in missing if kind in holders]
-        hint = (
-            f". A rule for a class such as {held[0]} speaks of the functions that its own forward calls; "
-            "set_module_name speaks of all that is below a path"
-            if held
-            else ""
-        )
-        return f"{named}: the model calls nothing of the kind, so that changes nothing; called are: {listed}{hint}"
+        if held:
+            message += f". A rule for a class such as {held[0]} speaks of the functions that its own forward calls; "
+            message += "set_module_name speaks of all that is below a path"
+        return message
 
 
 def _similar(name: str, paths: set[str]) -> str:
-    close = difflib.get_close_matches(name, paths - {""}, n=3)
-    return f"; did you mean {' or '.join(repr(path) for path in close)}?" if close else ""
+    question = did_you_mean(name, paths - {""}, most=3)
+    return f"; {question}" if question else ""

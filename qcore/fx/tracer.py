@@ -22,7 +22,6 @@ from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
 from qcore.fx.effects import is_harmless
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
-from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import (
     QGraphModule,
     get_attribute,
@@ -33,6 +32,7 @@ from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.kept_state import refuse_state
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
+from qcore.fx.operators import FORMS, MODULES, NormalCall, kept_apart
 from qcore.fx.real_calls import shares_memory
 from qcore.fx.roots import Root, Source
 from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
@@ -307,7 +307,7 @@ class NormalFormTracer(ExampleTracer):
             self._attributes[target] = self.proxy(self._add_node("get_attr", target, (), {}))
         return self._attributes[target]
 
-    def _emit(self, call: Call, name: str, origin: Origin) -> Any:
+    def _emit(self, call: NormalCall, name: str, origin: Origin) -> Any:
         if call.operator is None:
             return call.args[0]
         self._origin = origin
@@ -388,6 +388,8 @@ class NormalFormTracer(ExampleTracer):
                     self.aliases.rebind(written, node)
                     self._is_written = True
                     return node
+            elif kind == "call_function" and not kwargs:
+                args, kwargs = kept_apart(target, args)
         node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_fresh=written is not None)
         if written is not None:
             self._overwrite(written, node)
@@ -429,7 +431,7 @@ class NormalFormTracer(ExampleTracer):
         return ""
 
     @staticmethod
-    def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormalCall | None:
         try:
             form = FORMS.get(target)
         except TypeError:

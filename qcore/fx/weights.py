@@ -1,4 +1,4 @@
-"""The step of converting that turns weights into integers; small weights of one form are rounded together.
+"""The step of converting that turns weights into integers; small weights that are alike are rounded together.
 
 A network has many weights of one shape, and for small ones each call of torch costs more than its arithmetic. Where an
 observer treats every channel by itself, weights that differ in nothing but their values may as well be one weight with
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcore.errors import ConfigError
 from qcore.fx.observe import make_observer
-from qcore.observer import ObserverBase
+from qcore.observer import ObserverBase, StandIns
 from qcore.quantization_plan import QParamsSpec
 
 #: Numbers that are rounded together at most. Larger weights gain nothing, and what is joined is a copy.
@@ -55,24 +55,19 @@ class IntegerWeight:
     axis: int | None
 
 
-Kernels = dict[type[ObserverBase], type[ObserverBase]]
-
-
-def quantize_weights(weights: Sequence[FloatWeight], kernels: Kernels) -> list[IntegerWeight]:
+def quantize_weights(weights: Sequence[FloatWeight], stand_ins: StandIns) -> list[IntegerWeight]:
     """All weights as integers, in their order.
 
     Args:
         weights: none of them is changed.
-        kernels: a backend's implementations of observers.
+        stand_ins: the backend's observers in the place of others.
 
     Raises:
         ConfigError: a weight holds NaN or infinity.
     """
     found: dict[int, IntegerWeight] = {}
     for numbers in _groups(weights):
-        members = [weights[number] for number in numbers]
-        together = _quantized_together(members, kernels) if len(members) > 1 else None
-        found.update(zip(numbers, together or (_quantized(member, kernels) for member in members), strict=True))
+        found.update(zip(numbers, _quantized([weights[number] for number in numbers], stand_ins), strict=True))
     return [found[number] for number in range(len(weights))]
 
 
@@ -82,39 +77,41 @@ def _groups(weights: Sequence[FloatWeight]) -> list[list[int]]:
     open_groups: dict[object, tuple[list[int], int]] = {}
     for number, weight in enumerate(weights):
         values = weight.values
-        form = (weight.spec, values.shape[1:], values.dtype, values.device)
-        members, size = open_groups.get(form, ([], 0))
+        kind = (weight.spec, values.shape[1:], values.dtype, values.device)
+        members, size = open_groups.get(kind, ([], 0))
         if not members or values.dim() < 2 or size + values.numel() > JOINED_LIMIT:
             members, size = [], 0
             groups.append(members)
         members.append(number)
-        open_groups[form] = members, size + values.numel()
+        open_groups[kind] = members, size + values.numel()
     return groups
 
 
-def _quantized_together(weights: Sequence[FloatWeight], kernels: Kernels) -> list[IntegerWeight] | None:
-    """Weights of one form, rounded as one; ``None`` if some of them need a look of their own."""
-    observer = make_observer(weights[0].spec, kernels)
-    if not observer.treats_channels_apart or getattr(observer, "ch_axis", None) != 0:
-        return None
-    joined = torch.cat([weight.values for weight in weights])
-    least, most = torch.aminmax(joined.flatten(1), dim=1)
-    is_usual = (torch.maximum(-least, most) > _LEAST_RANGE) & torch.isfinite(most - least)
-    if not bool(is_usual.all()):
-        return None
+def _quantized(weights: Sequence[FloatWeight], stand_ins: StandIns) -> list[IntegerWeight]:
+    """Weights that differ in nothing but their values, rounded as one; one by one if some need a look of their own."""
+    observer = make_observer(weights[0].spec, stand_ins)
+    joined = weights[0].values
+    if len(weights) > 1:
+        joined = torch.cat([weight.values for weight in weights])
+        if not _treats_apart(observer, joined):
+            return [found for weight in weights for found in _quantized([weight], stand_ins)]
     observer(joined)
-    scale, zero_point = observer.calculate_qparams()
-    channels = [weight.values.shape[0] for weight in weights]
-    parts = zip(*(whole.split(channels) for whole in (observer.quantize(joined), scale, zero_point)), strict=True)
-    # Copies, for a part of a tensor would keep all of it.
-    return [IntegerWeight(values.clone(), scale.clone(), zero.clone(), 0) for values, scale, zero in parts]
-
-
-def _quantized(weight: FloatWeight, kernels: Kernels) -> IntegerWeight:
-    observer = make_observer(weight.spec, kernels)
-    observer(weight.values)
     if observer.nonfinite_count or not observer.has_data:
-        raise ConfigError(f"the weight {weight.name} holds NaN or infinity; it can't be quantized")
+        raise ConfigError(f"the weight {weights[0].name} holds NaN or infinity; it can't be quantized")
     scale, zero_point = observer.calculate_qparams()
-    axis = int(getattr(observer, "ch_axis", 0)) if observer.qscheme.per_channel else None
-    return IntegerWeight(observer.quantize(weight.values), scale, zero_point, axis)
+    integers = observer.quantize(joined)
+    axis = (observer.ch_axis or 0) if observer.qscheme.per_channel else None
+    if len(weights) == 1:
+        return [IntegerWeight(integers, scale, zero_point, axis)]
+    channels = [weight.values.shape[0] for weight in weights]
+    parts = zip(*(whole.split(channels) for whole in (integers, scale, zero_point)), strict=True)
+    # Copies, for a part of a tensor would keep all of it.
+    return [IntegerWeight(values.clone(), scale.clone(), zero.clone(), axis) for values, scale, zero in parts]
+
+
+def _treats_apart(observer: ObserverBase, joined: Tensor) -> bool:
+    """Whether an observer finds for each of these channels what it finds without the others."""
+    if not observer.treats_channels_apart or observer.ch_axis != 0:
+        return False
+    least, most = torch.aminmax(joined.flatten(1), dim=1)
+    return bool(((torch.maximum(-least, most) > _LEAST_RANGE) & torch.isfinite(most - least)).all())

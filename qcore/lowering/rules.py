@@ -18,10 +18,9 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.errors import LoweringError
-from qcore.fx.forms import pattern_keys
 from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
-from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, operator_of
+from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, operator_of, pattern_keys
 from qcore.fx.patterns import pattern_problems
 from qcore.fx.record import Record, record_of
 from qcore.lowering.assemble import assembled

@@ -1,9 +1,7 @@
 """Observers: modules that watch tensors during calibration and say how to quantize them."""
 
-from typing import TYPE_CHECKING
-
-from qcore.migration import missing_from
-from qcore.observer.base import DatalessObserver, ObserverBase, ObserverSpec, RangeObserver
+from qcore.migration import explain_missing
+from qcore.observer.base import DatalessObserver, ObserverBase, ObserverSpec, RangeObserver, StandIns
 from qcore.observer.fixed import FixedQParamsObserver
 from qcore.observer.histogram import HistogramObserver
 from qcore.observer.min_max import MinMaxObserver, PerChannelMinMaxObserver
@@ -22,8 +20,8 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "PlaceholderObserver",
     "RangeObserver",
+    "StandIns",
 ]
 
 
-if not TYPE_CHECKING:
-    __getattr__ = missing_from(__name__)
+explain_missing(__name__)

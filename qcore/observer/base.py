@@ -6,7 +6,7 @@ constructor, and unlike a ``functools.partial`` it compares, hashes, pickles and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,9 @@ class ObserverBase(nn.Module):
     is_dynamic: bool
     has_explicit_range: bool
 
+    #: The axis of the channels, of an observer that has any.
+    ch_axis: int | None = None
+
     #: Whether what it finds for a channel depends on that channel alone, but that a channel of zeros may take the scale
     #: of its neighbours; then ``convert_fx`` may show it the channels of several weights at once.
     treats_channels_apart = False
@@ -108,24 +111,18 @@ class ObserverBase(nn.Module):
         if not is_integer(self.dtype):
             return 0, 0, False  # A placeholder for a float dtype: there is no range to choose.
         lowest, highest = dtype_range(self.dtype)
-        if (quant_min is None) != (quant_max is None):
-            raise ConfigError(
-                f"{type(self).__name__}: quant_min={quant_min} and quant_max={quant_max} must be given together"
-            )
+        if quant_min is None and quant_max is None:
+            return (lowest // 2, highest // 2, True) if self.reduce_range else (lowest, highest, False)
+        kind = type(self).__name__
         if quant_min is None or quant_max is None:
-            if self.reduce_range:
-                return lowest // 2, highest // 2, True
-            return lowest, highest, False
+            raise ConfigError(f"{kind}: quant_min={quant_min} and quant_max={quant_max} must be given together")
         if self.reduce_range:
-            raise ConfigError(f"{type(self).__name__}: give reduce_range=True or quant_min and quant_max, not both")
-        quant_min = checked_integer(quant_min, f"{type(self).__name__}: quant_min")
-        quant_max = checked_integer(quant_max, f"{type(self).__name__}: quant_max")
-        if not (lowest <= quant_min <= 0 <= quant_max <= highest and quant_min < quant_max):
-            raise ConfigError(
-                f"{type(self).__name__}: the range {quant_min}..{quant_max} must hold 0 and fit "
-                f"{dtype_name(self.dtype)} ({lowest}..{highest})"
-            )
-        return quant_min, quant_max, True
+            raise ConfigError(f"{kind}: give reduce_range=True or quant_min and quant_max, not both")
+        low, high = checked_integer(quant_min, f"{kind}: quant_min"), checked_integer(quant_max, f"{kind}: quant_max")
+        if not (lowest <= low <= 0 <= high <= highest and low < high):
+            limits = f"{dtype_name(self.dtype)} ({lowest}..{highest})"
+            raise ConfigError(f"{kind}: the range {low}..{high} must hold 0 and fit {limits}")
+        return low, high, True
 
     @classmethod
     def with_args(cls, **arguments: Any) -> ObserverSpec:
@@ -169,11 +166,9 @@ class ObserverBase(nn.Module):
             A tensor of ``self.dtype`` and the shape of ``x``.
         """
         scale, zero_point = self.calculate_qparams()
-        arguments = (self.quant_min, self.quant_max, self.dtype)
-        if not self.qscheme.per_channel:
-            return ops.quantize_per_tensor(x, scale, zero_point, *arguments)  # type: ignore[no-any-return]
-        axis = int(getattr(self, "ch_axis", 0))
-        return ops.quantize_per_channel(x, scale, zero_point, axis, *arguments)  # type: ignore[no-any-return]
+        axis = (self.ch_axis or 0,) if self.qscheme.per_channel else ()
+        operator = ops.quantize_per_channel if axis else ops.quantize_per_tensor
+        return operator(x, scale, zero_point, *axis, self.quant_min, self.quant_max, self.dtype)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Look at ``x`` and return it unchanged."""
@@ -196,10 +191,6 @@ class RangeObserver(ObserverBase):
     min_val: Tensor
     max_val: Tensor
     nonfinite: Tensor
-
-    #: Buffers that get their shape from the first tensor, such as the number of its channels, so that a saved one has
-    #: another shape than a fresh one.
-    learns_shapes: tuple[str, ...] = ("min_val", "max_val")
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -226,29 +217,30 @@ class RangeObserver(ObserverBase):
         """
         if x.numel() == 0:
             return None
-        values = in_memory_order(x.detach())
-        if values.dtype != torch.float32:
-            values = values.to(torch.float32)
+        values = in_memory_order(x.detach()).to(torch.float32)
         smallest, largest = (extreme.item() for extreme in torch.aminmax(values))
         if math.isfinite(smallest) and math.isfinite(largest):  # NaN and infinity come through aminmax.
             return values, smallest, largest
         kept = values[torch.isfinite(values)]
         self.nonfinite += values.numel() - kept.numel()
-        if kept.numel() == 0:
-            return None
-        smallest, largest = (extreme.item() for extreme in torch.aminmax(kept))
-        return kept, smallest, largest
+        return self.finite(kept)
 
-    def widen(self, smallest: float, largest: float) -> bool:
-        """Make the range of a whole tensor hold two values; whether it didn't before."""
-        low, high = self.min_val, self.max_val
-        grows = smallest < low.item(), largest > high.item()
-        # In place: a buffer that was replaced in inference mode couldn't be changed outside of it any more.
-        if grows[0]:
-            low.fill_(smallest)
-        if grows[1]:
-            high.fill_(largest)
-        return any(grows)
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Smallest and largest finite value of ``x``, 0-d or one for each channel; ``None`` if there is none."""
+        seen = self.finite(x)
+        return None if seen is None else self.min_val.new_tensor(seen[1:]).unbind()  # type: ignore[return-value]
+
+    def update(self, smallest: Tensor, largest: Tensor) -> None:
+        """Widen the range until it holds two extremes."""
+        self.min_val = torch.minimum(self.min_val, smallest)
+        self.max_val = torch.maximum(self.max_val, largest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the range by ``x`` (any shape, floating dtype) and return ``x``."""
+        extremes = self.extremes(x)
+        if extremes is not None:
+            self.update(*extremes)
+        return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the range seen so far, as torch computes them from a minimum and a maximum."""
@@ -258,15 +250,16 @@ class RangeObserver(ObserverBase):
 
     def reset_min_max_vals(self) -> None:
         """Forget what was seen."""
-        self.min_val = torch.full_like(self.min_val, float("inf"))
-        self.max_val = torch.full_like(self.max_val, float("-inf"))
+        self.min_val = torch.full_like(self.min_val, math.inf)
+        self.max_val = torch.full_like(self.max_val, -math.inf)
         self.nonfinite.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self.learns_shapes:
+        # A buffer may get its shape from the first tensor, such as the number of its channels.
+        for name, fresh in self._buffers.items():
             saved = state_dict.get(prefix + name)
-            if saved is not None:
-                setattr(self, name, torch.empty_like(saved, device=self.min_val.device))
+            if saved is not None and fresh is not None:
+                self._buffers[name] = torch.empty_like(saved, device=fresh.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -327,12 +320,15 @@ def symmetric_zero_point(dtype: torch.dtype, quant_min: int, quant_max: int) -> 
 
 
 def _without_zeros(scale: Tensor, eps: float | None) -> Tensor:
-    floor = torch.finfo(torch.float32).tiny if eps is None else eps
-    if eps is None:
-        largest = scale.max() if scale.numel() else scale.new_ones(())
-        neighbour = torch.where(largest > 0, largest, torch.ones_like(largest))
-        scale = torch.where(scale > 0, scale, neighbour)
-    return torch.clamp(scale, floor, torch.finfo(torch.float32).max)
+    limits = torch.finfo(torch.float32)
+    if eps is None and scale.numel():
+        largest = scale.max()
+        scale = torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
+    return torch.clamp(scale, limits.tiny if eps is None else eps, limits.max)
+
+
+#: A backend's observers, by the class that each stands in for.
+StandIns = Mapping[type[ObserverBase], type[ObserverBase]]
 
 
 class DatalessObserver(ObserverBase):
@@ -346,6 +342,3 @@ class DatalessObserver(ObserverBase):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``."""
         return x
-
-
-__all__ = ["DatalessObserver", "ObserverBase", "ObserverSpec", "RangeObserver", "in_memory_order", "qparams_from_range"]

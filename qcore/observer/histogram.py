@@ -60,7 +60,6 @@ class HistogramObserver(RangeObserver):
     bins: int
     _chosen: tuple[Tensor, Tensor] | None
     _grid: _Grid | None
-    learns_shapes = ("min_val", "max_val", "histogram")
 
     def __init__(self, bins: int = 2048, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -83,9 +82,10 @@ class HistogramObserver(RangeObserver):
         vars(self)["_chosen"] = None  # Past nn.Module's __setattr__, which is slow.
         grid = self._grid
         if grid is None or smallest < grid.smallest or largest > grid.largest:
-            self.widen(smallest, largest)
+            self.update(*self.min_val.new_tensor((smallest, largest)))
             self._fit_grid()
-            grid = self._grid = self._read_grid()
+            ends, width = (float(self.min_val), float(self.max_val)), math.ldexp(1.0, -int(self.exponent))
+            grid = self._grid = _Grid(*ends, int(self.first_bin), width)
         stride = sampling_stride(values.numel())
         if stride > 1:
             values = values[::stride]
@@ -93,10 +93,6 @@ class HistogramObserver(RangeObserver):
         bins = torch.rsub(values, -grid.first_bin, alpha=-grid.per_width).to(torch.int32)
         self.histogram.add_(torch.bincount(bins, minlength=self.bins), alpha=stride)
         return x
-
-    def _read_grid(self) -> "_Grid":
-        per_width = math.ldexp(1.0, -int(self.exponent))
-        return _Grid(float(self.min_val), float(self.max_val), int(self.first_bin), per_width)
 
     def _fit_grid(self) -> None:
         """Double the bins' width until all values seen lie on the grid, and merge the bins."""
@@ -154,7 +150,7 @@ class HistogramObserver(RangeObserver):
         values.clamp_(smallest, largest)
         if values.numel() == 1:
             values[0] = largest if abs(largest) >= abs(smallest) else smallest
-        return Histogram(counts, values, smallest, largest)
+        return Histogram(counts, values, min(smallest, 0.0), max(largest, 0.0))
 
     def reset_min_max_vals(self) -> None:
         """Forget what was seen."""
@@ -193,9 +189,9 @@ def _choose(observers: Sequence[HistogramObserver]) -> None:
         ranges = ranges_of_least_error([observer.seen() for observer in members], (quant_min, quant_max), middle)
         arguments = (quant_min, quant_max, dtype, qscheme, eps)
         usual = [number for number, (low, high) in enumerate(ranges) if max(-low, high) > _LEAST_RANGE]
-        low, high = (torch.tensor([ranges[number][end] for number in usual], dtype=torch.float32) for end in (0, 1))
-        for number, scale, zero_point in zip(usual, *qparams_from_range(low, high, *arguments), strict=True):
-            members[number]._chosen = scale.clone(), zero_point.clone()  # A part of a tensor would keep all of it.
-        for number in set(range(len(members))).difference(usual):
-            low, high = (torch.tensor(end, dtype=torch.float32) for end in ranges[number])
-            members[number]._chosen = qparams_from_range(low, high, *arguments)
+        unusual = [[number] for number in range(len(members)) if number not in set(usual)]
+        for numbers in (usual, *unusual):
+            ends = torch.tensor([ranges[number] for number in numbers], dtype=torch.float32).reshape(-1, 2)
+            found = qparams_from_range(ends[:, 0], ends[:, 1], *arguments)
+            for number, scale, zero_point in zip(numbers, *found, strict=True):
+                members[number]._chosen = scale.clone(), zero_point.clone()  # A part of a tensor would keep all of it.

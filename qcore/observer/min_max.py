@@ -23,8 +23,9 @@ class MinMaxObserver(RangeObserver):
     def forward(self, x: Tensor) -> Tensor:
         """Widen the range by ``x`` (any shape, floating dtype) and return ``x``."""
         seen = self.finite(x)
-        if seen is not None:
-            self.widen(*seen[1:])
+        # Most tensors widen nothing, and to ask numbers costs less than to make tensors of them.
+        if seen is not None and not (self.min_val.item() <= seen[1] and seen[2] <= self.max_val.item()):
+            self.update(*self.min_val.new_tensor(seen[1:]))
         return x
 
 
@@ -41,6 +42,7 @@ class PerChannelMinMaxObserver(RangeObserver):
         arguments: see :class:`~qcore.observer.base.ObserverBase`.
     """
 
+    ch_axis: int
     treats_channels_apart = True
 
     def __init__(
@@ -58,7 +60,7 @@ class PerChannelMinMaxObserver(RangeObserver):
             )
         self.rounding = rounding
 
-    def channel_extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Smallest and largest finite value of each channel of ``x``; ``None`` if no channel has any.
 
         A channel that has none by itself gets ``inf`` and ``-inf``, as before any data.
@@ -75,14 +77,6 @@ class PerChannelMinMaxObserver(RangeObserver):
         if not finite.any():
             return None
         return torch.where(finite, rows, torch.inf).amin(1), torch.where(finite, rows, -torch.inf).amax(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Widen each channel's range by ``x`` (channels along ``ch_axis``) and return ``x``."""
-        extremes = self.channel_extremes(x)
-        if extremes is not None:
-            self.min_val = torch.minimum(self.min_val, extremes[0])
-            self.max_val = torch.maximum(self.max_val, extremes[1])
-        return x
 
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` as integers with one scale for each channel, rounded as ``rounding`` says."""

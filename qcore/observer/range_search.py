@@ -36,24 +36,14 @@ class Histogram:
     Attributes:
         counts: how many values (N,), float64.
         values: the values (N,), float64.
-        smallest: of all values.
-        largest: of all values.
+        low: the lower end of the whole range, which holds zero.
+        high: the upper end of the whole range, which holds zero.
     """
 
     counts: Tensor
     values: Tensor
-    smallest: float
-    largest: float
-
-    @property
-    def low(self) -> float:
-        """The lower end of the whole range, which holds zero."""
-        return min(self.smallest, 0.0)
-
-    @property
-    def high(self) -> float:
-        """The upper end of the whole range, which holds zero."""
-        return max(self.largest, 0.0)
+    low: float
+    high: float
 
 
 def ranges_of_least_error(
@@ -73,7 +63,8 @@ def ranges_of_least_error(
     """
     ranges = [(histogram.low, histogram.high) for histogram in histograms]
     alike: dict[tuple[int, bool], list[int]] = {}
-    for number, (histogram, (low, high)) in enumerate(zip(histograms, ranges, strict=True)):
+    for number, histogram in enumerate(histograms):
+        low, high = ranges[number]
         if low != high and histogram.values.numel() > 2:
             columns = -(-histogram.values.numel() // _ROW_STEP) * _ROW_STEP
             alike.setdefault((columns, low < 0 < high and middle is None), []).append(number)
@@ -103,9 +94,9 @@ class _Search:
             number = histogram.values.numel()
             self.points[row, :number] = histogram.values / norm
             self.weights[row, :number] = histogram.counts / histogram.counts.sum()
-        self.norms = torch.tensor(norms, dtype=torch.float64)
-        self.low = torch.tensor([histogram.low for histogram in histograms], dtype=torch.float64) / self.norms
-        self.high = torch.tensor([histogram.high for histogram in histograms], dtype=torch.float64) / self.norms
+        self.norms = torch.tensor(norms, dtype=torch.float64)[:, None]
+        ends = [[histogram.low, histogram.high] for histogram in histograms]
+        self.ends = torch.tensor(ends, dtype=torch.float64) / self.norms
         numbers = torch.tensor([float(histogram.values.numel()) for histogram in histograms], dtype=torch.float64)
         self.least_gain = (FEW_VALUES / numbers).clamp_min(LEAST_GAIN)
 
@@ -113,37 +104,34 @@ class _Search:
         """The ranges, in the order of the rows."""
         coarse = 16 if two_sided else 64
         step = 1.0 / coarse
-        offsets_low = offsets_high = (torch.arange(1, coarse + 1, dtype=torch.float64) * step)[None]
+        offsets = (torch.arange(1, coarse + 1, dtype=torch.float64) * step).expand(1, 2, coarse)
         fine = torch.linspace(-1, 1, 7 if two_sided else 33, dtype=torch.float64)
-        whole = least = best_low = best_high = torch.ones(len(self.norms), dtype=torch.float64)
+        best = torch.ones_like(self.ends)
+        whole = least = best[:, 0]
         for turn in range(3 if two_sided else 2):
-            cut_low, cut_high = offsets_low, offsets_high
-            if two_sided:
-                shape = (len(offsets_low), offsets_low.shape[1], offsets_high.shape[1])
-                cut_low = offsets_low[:, :, None].expand(shape).flatten(1)
-                cut_high = offsets_high[:, None, :].expand(shape).flatten(1)
-            errors = self.squared_errors(cut_low, cut_high)
+            cuts = offsets
+            if two_sided:  # Each of the low ends with each of the high ones.
+                pairs = torch.broadcast_tensors(offsets[:, 0, :, None], offsets[:, 1, None, :])
+                cuts = torch.stack(pairs, 1).flatten(2)
+            errors = self.squared_errors(cuts)
             index = errors.argmin(1, keepdim=True)
             found = errors.gather(1, index)[:, 0].double()
             if turn == 0:
                 whole = least = errors[:, -1].double()  # The last of the coarse cuts cuts nothing.
             better = found < least
             least = torch.where(better, found, least)
-            best_low = torch.where(better, cut_low.expand_as(errors).gather(1, index)[:, 0], best_low)
-            best_high = torch.where(better, cut_high.expand_as(errors).gather(1, index)[:, 0], best_high)
-            offsets_low = (best_low[:, None] + fine * step).clamp(1e-4, 1)
-            offsets_high = (best_high[:, None] + fine * step).clamp(1e-4, 1)
+            chosen = cuts.expand(len(errors), -1, -1).gather(2, index[:, None].expand(-1, 2, -1))[:, :, 0]
+            best = torch.where(better[:, None], chosen, best)
+            offsets = (best[:, :, None] + fine * step).clamp(1e-4, 1)
             step /= (len(fine) - 1) / 2
         pays = least <= whole * (1 - self.least_gain)
-        one = torch.ones_like(best_low)
-        low = self.low * torch.where(pays, best_low, one) * self.norms
-        high = self.high * torch.where(pays, best_high, one) * self.norms
-        return list(zip(low.tolist(), high.tolist(), strict=True))
+        ends = self.ends * torch.where(pays[:, None], best, 1.0) * self.norms
+        return [(low, high) for low, high in ends.tolist()]
 
-    def squared_errors(self, cut_low: Tensor, cut_high: Tensor) -> Tensor:
-        """Mean squared error (rows, K) of quantizing each row with each of its ranges, cut by (rows or 1, K)."""
+    def squared_errors(self, cuts: Tensor) -> Tensor:
+        """Mean squared error (rows, K) of quantizing each row with each range, its ends cut by (rows or 1, 2, K)."""
         quant_min, quant_max = self.integers
-        low, high = self.low[:, None] * cut_low, self.high[:, None] * cut_high
+        low, high = (self.ends[:, :, None] * cuts).unbind(1)
         tiny = torch.finfo(torch.float32).tiny
         if self.middle is not None:
             scale = (torch.maximum(-low, high) / ((quant_max - quant_min) / 2)).clamp_min(tiny)
@@ -171,6 +159,3 @@ class _Search:
                 # Not a product of matrices, whose last bits depend on how many rows it has.
                 errors[block] = steps.mul_(column).sub_(points).square_().mul_(weights).sum(2)
         return errors
-
-
-__all__ = ["FEW_VALUES", "LEAST_GAIN", "Histogram", "ranges_of_least_error"]

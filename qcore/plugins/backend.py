@@ -101,7 +101,7 @@ class Backend:
         return tuple(self._ask("qcore_fusion_patterns")) if self._has("qcore_fusion_patterns") else ()
 
     def observers(self) -> dict[type[ObserverBase], type[ObserverBase]]:
-        """Its implementations of observers."""
+        """Its own observers, by the class that each stands in for."""
         return dict(self._ask("qcore_observers")) if self._has("qcore_observers") else {}
 
     def default_qconfig_mapping(self, version: int = 0) -> QConfigMapping:

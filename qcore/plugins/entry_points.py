@@ -1,8 +1,7 @@
 """Reads which backends are installed, from their distributions' metadata; imports nothing of them."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -46,27 +45,21 @@ def installed_backends() -> tuple[InstalledBackend, ...]:
     Two distributions may claim one name: both are listed, and neither is loaded when it is asked for. A name goes
     before an alias, and only the distribution that brings a backend can give it aliases.
     """
-    points, aliases = list(_entry_points(BACKENDS)), list(_entry_points(ALIASES))
+    points, aliases = _entry_points(BACKENDS), _entry_points(ALIASES)
     names = {point.name for point in points} | {REFERENCE.name}
     found = [REFERENCE]
     for point in points:
-        distribution, version = _distribution(point)
-        own = {
-            alias.name
-            for alias in aliases
-            if alias.value == point.name and _distribution(alias)[0] == distribution and alias.name not in names
-        }
-        made = InstalledBackend(point.name, point.value, distribution, version, tuple(sorted(own)))
-        if made.name != REFERENCE.name:
-            found.append(made)
-        elif made.module != REFERENCE.module:
-            warn_caller(f"backend {made} is left out: that name is the core's own", QcoreWarning)
+        own = {a.name for a in aliases if (a.module, a.distribution) == (point.name, point.distribution)}
+        if point.name != REFERENCE.name:
+            found.append(replace(point, aliases=tuple(sorted(own - names))))
+        elif point.module != REFERENCE.module:
+            warn_caller(f"backend {point} is left out: that name is the core's own", QcoreWarning)
     return tuple(sorted(found, key=lambda backend: (backend.name, backend.distribution)))
 
 
 def foreign_aliases(alias: str) -> list[tuple[str, str]]:
     """The backends that some distribution calls ``alias`` without bringing them, each with that distribution."""
-    return [(a.value, _distribution(a)[0]) for a in _entry_points(ALIASES) if a.name == alias]
+    return [(a.module, a.distribution) for a in _entry_points(ALIASES) if a.name == alias]
 
 
 def normalized(distribution: str) -> str:
@@ -74,10 +67,11 @@ def normalized(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _entry_points(group: str) -> Iterable[Any]:
+def _entry_points(group: str) -> list[InstalledBackend]:
+    """The entry points of a group; an alias has the backend's name in the place of its module."""
     import importlib_metadata  # Here, as importing it takes as long as a fifth of the core, and few programs need it.
 
-    return importlib_metadata.entry_points(group=group)
+    return [InstalledBackend(p.name, p.value, *_distribution(p)) for p in importlib_metadata.entry_points(group=group)]
 
 
 def _distribution(entry_point: Any) -> tuple[str, str]:

@@ -95,7 +95,7 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 
 @hookspec(firstresult=True)
 def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
-    """The backend's own implementations of observers, by the class that each stands in for. Without it: none.
+    """Observers of the backend's own, by the class that each stands in for. Without it: none.
 
     Each is a subclass of the class that it stands in for.
     """

@@ -51,7 +51,10 @@ def get_backend(name: str) -> Backend:
         BackendNotFoundError: no such backend is installed.
         PluginError: its plugin can't be imported or registered, or several distributions claim the name.
     """
-    return _load(_claimant(name))
+    installed = _claimant(name)
+    if installed not in _loaded:  # Without a lock: importing has its own, and the first who is done wins.
+        _loaded.setdefault(installed, Backend(installed, _plugin(installed)))
+    return _loaded[installed]
 
 
 def get_available_backend(name: str) -> Backend:
@@ -148,12 +151,6 @@ def _clash(name: str, found: list[InstalledBackend]) -> PluginError:
         return PluginError(f"two distributions bring a backend {name!r}: {claims}. Do without one: set {cure}", name)
     cure = f"ask for one of them by its name, or set {DISABLE_VARIABLE}={found[-1].name}"
     return PluginError(f"several backends answer to {name!r}: {claims}; {cure}", name)
-
-
-def _load(installed: InstalledBackend) -> Backend:
-    """The backend, loaded once. Without a lock: importing has its own, and the first who is done wins."""
-    found = _loaded.get(installed)
-    return _loaded.setdefault(installed, Backend(installed, _plugin(installed))) if found is None else found
 
 
 def _plugin(installed: InstalledBackend) -> ModuleType | Any:

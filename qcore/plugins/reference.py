@@ -56,26 +56,19 @@ def qcore_probe() -> Availability:
 def qcore_backend_config() -> BackendConfig:
     """Every operator in normal form, with any dtypes."""
     anything = DTypeConfig()
-    config = BackendConfig("reference")
-    for operator in _OWN_OUTPUT:
-        config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(anything))
     # The range of the input is taken at run time, or only the weight is quantized.
     dynamic = DTypeConfig(output_dtype=torch.float32, is_dynamic=True)
     weight_only = DTypeConfig(torch.float32, torch.float32)
     gives_float = DTypeConfig(output_dtype=torch.float32)
+    patterns = [BackendPatternConfig(operator, dtype_configs=[anything]) for operator in _OWN_OUTPUT]
     for operator in (*op.CONV, *op.CONV_TRANSPOSE, op.LINEAR):
-        pattern = BackendPatternConfig(operator).set_dtype_configs([dynamic, weight_only, anything])
-        config.set_backend_pattern_config(pattern)
-        read = BackendPatternConfig(operator).set_condition(READ_BY_AN_OPERATOR)
-        config.set_backend_pattern_config(read.set_dtype_configs([dynamic, weight_only, gives_float, anything]))
-    config.set_backend_pattern_configs(sharing_patterns(anything))
-    for operator in _ONE_SIDED_FIXED:
-        config.set_backend_pattern_config(
-            BackendPatternConfig(operator).add_dtype_config(_fixed_output(1.0 / 256.0, 0)).add_dtype_config(anything)
-        )
-    return config.set_backend_pattern_config(
-        BackendPatternConfig(op.TANH).add_dtype_config(_fixed_output(2.0 / 256.0, 128)).add_dtype_config(anything)
-    )
+        patterns.append(BackendPatternConfig(operator, dtype_configs=[dynamic, weight_only, anything]))
+        read = BackendPatternConfig(operator, dtype_configs=[dynamic, weight_only, gives_float, anything])
+        patterns.append(read.set_condition(READ_BY_AN_OPERATOR))
+    patterns += sharing_patterns(anything)
+    fixed = dict.fromkeys(_ONE_SIDED_FIXED, _fixed_output(1.0 / 256.0, 0)) | {op.TANH: _fixed_output(2.0 / 256.0, 128)}
+    patterns += [BackendPatternConfig(operator, dtype_configs=[own, anything]) for operator, own in fixed.items()]
+    return BackendConfig("reference").set_backend_pattern_configs(patterns)
 
 
 def _fixed_output(scale: float, zero_point: int) -> DTypeConfig:

@@ -175,6 +175,23 @@ def _matrix(g: "Generator", v: "Live") -> str:
     return str(g.choose(texts))
 
 
+def _cell(name: str, gates: int) -> None:
+    @form(name, "function")
+    def cell(g: "Generator", v: "Live") -> str | None:
+        if v.rank != 2:
+            return None
+        width = v.shape[1]
+        state = g.choose([o for o in g.values if o.shape == v.shape]).name
+        weights = f"{g.parameter(gates * width, width)}, w_hh={g.parameter(gates * width, width)}"
+        biases = g.choose(["", f", b_ih={g.parameter(gates * width)}, b_hh={g.parameter(gates * width)}"])
+        return f"torch.{name}({v.name}, {state}, {weights}{biases})"
+
+
+_cell("rnn_tanh_cell", 1)
+_cell("rnn_relu_cell", 1)
+_cell("gru_cell", 3)
+
+
 @form("batch_norm", "function")
 def _norm_function(g: "Generator", v: "Live") -> str | None:
     if v.rank < 2:

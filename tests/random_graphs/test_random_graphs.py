@@ -9,10 +9,9 @@ import torch
 # Test modules are imported without their directory on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qcore.fx.forms import FORMS as KNOWN_FORMS
-from qcore.fx.forms import MODULES, pattern_keys
 from qcore.fx.inplace import writes_in_place
-from qcore.fx.operators import Operator
+from qcore.fx.operators import FORMS as KNOWN_FORMS
+from qcore.fx.operators import MODULES, Operator, pattern_keys
 from qcore.plugins.manager import backend_names, get_backend
 from random_graphs.checks import check
 from random_graphs.forms import FORMS

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from qcore_torch_kernels.pair_limited import PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 from torch import Tensor
 
-from qcore.observer import ObserverBase, PerChannelMinMaxObserver
+from qcore.observer import PerChannelMinMaxObserver, StandIns
 
 
 def neighbouring_pairs(weight: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def largest_sum(weight: Tensor) -> int:
     return int(largest_pair_sum(neighbouring_pairs(weight)).max()) if weight.numel() else 0
 
 
-def observer_kernels(has_vnni: bool) -> dict[type[ObserverBase], type[ObserverBase]]:
+def stand_ins(has_vnni: bool) -> StandIns:
     """What stands in for the core's observers on this CPU."""
     own = DepthwiseSaturationFreePerChannelMinMaxObserver if has_vnni else SaturationFreePerChannelMinMaxObserver
     return {PerChannelMinMaxObserver: own}

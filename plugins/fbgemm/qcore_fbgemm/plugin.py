@@ -17,7 +17,7 @@ from qcore_fbgemm import kernels
 from qcore_fbgemm.backend_config import backend_config
 from qcore_fbgemm.fusion import FUSION_PATTERNS
 from qcore_fbgemm.lowering import IN_FLOAT, RULES
-from qcore_fbgemm.observers import observer_kernels
+from qcore_fbgemm.observers import stand_ins
 
 
 @hookimpl
@@ -48,7 +48,7 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 @hookimpl
 def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
     """Weight observers that keep 16-bit sums from saturating."""
-    return observer_kernels(kernels.has_vnni())
+    return stand_ins(kernels.has_vnni())
 
 
 @hookimpl

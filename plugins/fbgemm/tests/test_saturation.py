@@ -8,7 +8,7 @@ from qcore_fbgemm.observers import (
     DepthwiseSaturationFreePerChannelMinMaxObserver,
     SaturationFreePerChannelMinMaxObserver,
     largest_sum,
-    observer_kernels,
+    stand_ins,
 )
 from qcore_torch_kernels.elementwise import Quantize
 from qcore_torch_kernels.engines import has_engine
@@ -54,7 +54,7 @@ def test_a_kernel_is_wrong_only_where_the_observer_expects_it(shape: tuple[int, 
 
 
 def test_with_vnni_only_depthwise_weights_grow():
-    own = observer_kernels(has_vnni=True)[PerChannelMinMaxObserver]
+    own = stand_ins(has_vnni=True)[PerChannelMinMaxObserver]
     assert own is DepthwiseSaturationFreePerChannelMinMaxObserver
     for shape, grows in (((4, 8, 3, 3), False), ((4, 1, 3, 3), True), ((4, 8), False), ((4, 1), False)):
         observer = own(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)

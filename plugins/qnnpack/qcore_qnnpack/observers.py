@@ -3,6 +3,6 @@
 QNNPACK's kernels widen to 16 bits before they multiply and add in 32, so no weight needs care.
 """
 
-from qcore.observer import ObserverBase
+from qcore.observer import StandIns
 
-OBSERVER_KERNELS: dict[type[ObserverBase], type[ObserverBase]] = {}
+STAND_INS: StandIns = {}

@@ -17,7 +17,7 @@ from qcore_qnnpack import kernels
 from qcore_qnnpack.backend_config import backend_config
 from qcore_qnnpack.fusion import FUSION_PATTERNS
 from qcore_qnnpack.lowering import IN_FLOAT, RULES
-from qcore_qnnpack.observers import OBSERVER_KERNELS
+from qcore_qnnpack.observers import STAND_INS
 
 
 @hookimpl
@@ -47,7 +47,7 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 @hookimpl
 def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
     """None of its own."""
-    return OBSERVER_KERNELS
+    return STAND_INS
 
 
 @hookimpl

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from qcore_torch_kernels.pair_limited import PairLimitedPerChannelMinMaxObserver, largest_pair_sum
 from torch import Tensor
 
-from qcore.observer import ObserverBase, PerChannelMinMaxObserver
+from qcore.observer import PerChannelMinMaxObserver, StandIns
 
 
 def input_channel_pairs(weight: Tensor) -> Tensor:
@@ -68,6 +68,6 @@ def largest_sum(weight: Tensor) -> int:
     return int(largest_pair_sum(input_channel_pairs(weight)).max()) if weight.numel() else 0
 
 
-def observer_kernels() -> dict[type[ObserverBase], type[ObserverBase]]:
+def stand_ins() -> StandIns:
     """What stands in for the core's observers."""
     return {PerChannelMinMaxObserver: SaturationFreePerChannelMinMaxObserver}

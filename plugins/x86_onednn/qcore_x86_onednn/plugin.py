@@ -18,7 +18,7 @@ from qcore_x86_onednn import kernels
 from qcore_x86_onednn.backend_config import backend_config
 from qcore_x86_onednn.fusion import FUSION_PATTERNS
 from qcore_x86_onednn.lowering import IN_FLOAT, RULES
-from qcore_x86_onednn.observers import observer_kernels
+from qcore_x86_onednn.observers import stand_ins
 
 
 @hookimpl
@@ -55,7 +55,7 @@ def qcore_fusion_patterns() -> Sequence[FusionPattern]:
 @hookimpl
 def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
     """Weight observers that keep 16-bit sums from saturating, on CPUs where they could."""
-    return {} if kernels.has_vnni() else observer_kernels()
+    return {} if kernels.has_vnni() else stand_ins()
 
 
 @hookimpl
