@@ -544,10 +544,12 @@ def use():
     blocks = [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(4)]
 for _ in range(3):
     use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = []
 for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[2])  # As a heap happens to lie, its top may be given back once.
 """
 
 
@@ -559,9 +561,9 @@ def test_freed_memory_is_kept_for_the_next_call() -> None:
                            text=True, check=True).stdout)
         for first in ("", "keep_freed_memory()")
     ]  # fmt: skip
-    if faults[0] < 5000:  # 40 MiB are 10,240 pages.
+    if faults[0] < 1000:  # 40 MiB are 10,240 pages.
         pytest.skip("this C library keeps it by itself")
-    assert faults[1] < 500
+    assert faults[1] < 100
 
 
 @torch.no_grad()
