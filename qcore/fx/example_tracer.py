@@ -12,10 +12,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from qcore.fx.graph_module import computed, submodule
-from qcore.fx.guard import aside
+from qcore.fx.guard import RealCalls, aside, memory_of
 from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, Kind, operator_of
 from qcore.fx.patches import unpatched
-from qcore.fx.real_calls import RealCalls
 from qcore.fx.signature import check_size
 from qcore.fx.thread_tracer import ThreadTracer
 from qcore.fx.values import UndecidableError, Value, values_in
@@ -179,7 +178,7 @@ class ExampleTracer(ThreadTracer):
             return
         self.is_evaluating = True
         try:
-            with torch.no_grad(), self.real_calls.paused(), aside():
+            with torch.no_grad(), aside():
                 while self._evaluated < len(self._order):
                     node = self._order[self._evaluated]
                     value = self._known[node] = self._value_of(node)
@@ -369,8 +368,7 @@ def _storages(value: Any) -> set[int]:
     if type(value) in (int, float, bool, torch.Size):
         return set()
     leaves = (value,) if builtins.isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
-    tensors = (leaf for leaf in leaves if builtins.isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return {memory_of(leaf) for leaf in leaves if builtins.isinstance(leaf, torch.Tensor)} - {0}
 
 
 def _described(node: fx.Node) -> str:

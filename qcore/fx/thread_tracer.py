@@ -109,7 +109,7 @@ class ThreadTracer(fx.Tracer):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             found: list[Any] = []
-            fx.node.map_aggregate((args, kwargs), lambda item: found.append(item) if _is_proxy(item) else None)
+            fx.node.map_aggregate((args, kwargs), lambda item: found.append(item) if is_proxy(item) else None)
             if not found:
                 return function(*args, **kwargs)
             kind, target = ("call_method", method) if method else ("call_function", function)
@@ -118,5 +118,6 @@ class ThreadTracer(fx.Tracer):
         return call
 
 
-def _is_proxy(item: Any) -> bool:
+def is_proxy(item: Any) -> bool:
+    """Whether something is a value of a graph that is being traced."""
     return issubclass(type(item), fx.Proxy)

@@ -28,14 +28,14 @@ from qcore.fx.graph_module import (
     get_attribute,
     submodule,
 )
-from qcore.fx.guard import guarded
+from qcore.fx.guard import aside, guarded, memory_of
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.kept_state import refuse_state
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
-from qcore.fx.real_calls import shares_memory
 from qcore.fx.roots import Root, Source
-from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
+from qcore.fx.signature import CallSignature, Leaf, SignatureCodeGen, Structure, check_size
+from qcore.fx.thread_tracer import is_proxy
 from qcore.fx.trace_errors import trace_error
 from qcore.fx.twin import Copies, shared, twin_of
 from qcore.fx.values import UndecidableError, Value
@@ -141,12 +141,13 @@ class NormalFormTracer(ExampleTracer):
         result = pytree.tree_map_only(
             torch.Tensor, lambda tensor: self.create_proxy("call_function", fresh, (tensor,), {}), result
         )
-        form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
+        values, spec = pytree.tree_flatten(result)
+        structure = Structure(spec, tuple(Leaf("", True) if is_proxy(v) else Leaf("", False, v) for v in values))
         self.settle_all()
-        if signature.is_plain and form.is_plain:
+        if signature.is_plain and structure.is_plain:
             return result
-        self.graph.set_codegen(SignatureCodeGen(signature, form))
-        return tuple(outputs)
+        self.graph.set_codegen(SignatureCodeGen(signature, structure))
+        return tuple(filter(is_proxy, values))
 
     def _opened(self, value: Value) -> Any:
         """A value as the tuple that it is, if it comes from a module that gives several tensors at once."""
@@ -252,8 +253,7 @@ class NormalFormTracer(ExampleTracer):
         """Trace ``root``; see ``fx.Tracer.trace``."""
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with self.real_calls:
-            return super().trace(root, concrete_args)
+        return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A tensor that a forward reads, as a value of the graph; fx searches the whole model for each."""
@@ -283,10 +283,10 @@ class NormalFormTracer(ExampleTracer):
         known = self._captured.get(id(tensor))
         if known is not None and known[1] == version:
             return known[2]
-        if self.real_calls.is_written(tensor):
+        if memory_of(tensor) in self.real_calls.written:
             raise UndecidableError("it writes data into a tensor of which it made a view before")
         name = f"._tensor_constant{len(self.constants)}"  # No path of the user's starts like this.
-        with self.real_calls.paused():
+        with aside():
             self.constants[name] = tensor.detach().clone()  # The forward may change it, or it may be the user's.
         self._captured[id(tensor)] = (tensor, version, name)  # And another tensor may get its number once it is gone.
         return name
@@ -422,10 +422,11 @@ class NormalFormTracer(ExampleTracer):
         if node.target not in self.constants:
             return str(node.target)
         (tensor,) = (tensor for tensor, _, name in self._captured.values() if name == node.target)
-        others = [t for t, _, name in self._captured.values() if t is not tensor and shares_memory(t, tensor)]
-        if others or not self.real_calls.is_made(tensor):
+        memory = memory_of(tensor)
+        others = any(t is not tensor and memory_of(t) == memory for t, _, _ in self._captured.values())
+        if others or memory not in self.real_calls.made:
             return "a tensor outside of its modules"
-        self.real_calls.note_written(tensor)
+        self.real_calls.written.add(memory)
         return ""
 
     @staticmethod
@@ -491,7 +492,7 @@ def trace(
     places = Source(model if source is None else source, model, copies or Copies())
     tracer.leaf = places.leaf
     try:
-        with guarded(tensors) as guard:
+        with guarded(tensors, real_calls=tracer.real_calls) as guard:
             graph = tracer.trace(twin)
             if guard.draws:
                 raise UndecidableError("it draws random numbers, which a graph would hold as constants")
