@@ -5,7 +5,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -18,6 +18,9 @@ from qcore.fx.patches import unpatched
 from qcore.fx.signature import check_size
 from qcore.fx.thread_tracer import ThreadTracer
 from qcore.fx.values import UndecidableError, Value, values_in
+
+if TYPE_CHECKING:
+    from qcore.fx.aliases import Aliases
 
 #: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
 _FACTORIES = (
@@ -36,14 +39,20 @@ class ExampleTracer(ThreadTracer):
 
     Args:
         examples: the tensors of the example call; ``None`` if there is none, and then nothing is known.
+
+    Attributes:
+        aliases: which values lie in the same memory; a subclass that adds nodes makes it.
     """
+
+    aliases: "Aliases"
 
     def __init__(self, examples: Sequence[torch.Tensor] | None) -> None:
         super().__init__()
         self.is_evaluating = False
         self.constants: dict[str, torch.Tensor] = {}
         self.real_calls = RealCalls()
-        self._examples = examples
+        self.has_examples = examples is not None
+        self._examples = examples or ()
         self._order: list[fx.Node] = []
         self._evaluated = 0
         self._tensors: set[fx.Node] = set()
@@ -61,7 +70,7 @@ class ExampleTracer(ThreadTracer):
         self._rank_was_read = False
         self.leaf: Callable[[str], torch.nn.Module] = lambda path: submodule(self.root, path)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
+    def proxy(self, node: fx.Node) -> Value:
         """The value of a node, as a forward sees it."""
         self._values[node] += 1
         return Value(node, self)
@@ -77,11 +86,8 @@ class ExampleTracer(ThreadTracer):
         for node in released:
             self._values[node] -= 1
             if not self._values[node]:
-                self.dropped(node)
+                self.aliases.forget(node)
                 self._forget_if_done(node)
-
-    def dropped(self, node: fx.Node) -> None:
-        """A forward can't read a node any more."""
 
     def is_held(self, node: fx.Node) -> bool:
         """Whether a forward can read a node yet."""
@@ -111,10 +117,6 @@ class ExampleTracer(ThreadTracer):
         if node.op == "placeholder" or not self._from_inputs.isdisjoint(sources):
             self._from_inputs.add(node)
 
-    def set_item(self, value: Value, index: Any, item: Any) -> None:
-        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
-        raise NotImplementedError
-
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a value is a tensor, rather than a number or a tuple; asks the examples if nothing else tells."""
         pending = [node]
@@ -130,24 +132,10 @@ class ExampleTracer(ThreadTracer):
         else:
             if self.is_size(node):
                 return False
-            value = self.proxy(node)
-            assert builtins.isinstance(value, Value)
-            if self._examples is not None and not builtins.isinstance(self.example(value), torch.Tensor):
+            if self.has_examples and not builtins.isinstance(self.example(self.proxy(node)), torch.Tensor):
                 return False
         self._tensors.add(node)
         return True
-
-    def current(self, node: fx.Node) -> fx.Node:
-        """What to read in the place of a node that may have been overwritten."""
-        return node
-
-    def latest(self, node: fx.Node) -> fx.Node:
-        """What has a value's present shape; its data may be of before a write."""
-        return node
-
-    def has_example(self, value: Value) -> bool:
-        """Whether it is known what a value is on the example inputs."""
-        return self._examples is not None
 
     def example(self, value: Value) -> Any:
         """What a value is on the example inputs, but for what was written since; the graph runs up to there.
@@ -156,7 +144,7 @@ class ExampleTracer(ThreadTracer):
         What no value and no node to come needs any more is dropped, so it takes as much memory as the forward does.
         """
         self.forget_released()
-        return self._example(self.latest(value.node))
+        return self._example(self.aliases.latest(value.node))
 
     def _example(self, node: fx.Node) -> Any:
         if node not in self._known:
@@ -165,7 +153,7 @@ class ExampleTracer(ThreadTracer):
 
     def shares(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a node's value lies in the memory of one of its inputs on the example inputs, as far as is known."""
-        if self._examples is None:
+        if not self.has_examples:
             return node.op != "call_module" or not type(submodule(self.root, str(node.target))).__module__.startswith(
                 "torch.nn."
             )
@@ -202,7 +190,6 @@ class ExampleTracer(ThreadTracer):
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._known.__getitem__)
         target: Any = node.target
         if node.op == "placeholder":
-            assert self._examples is not None
             return self._examples[self._evaluated].clone()
         if node.op == "get_attr" and target in self.constants:
             return self.constants[target]
@@ -215,11 +202,9 @@ class ExampleTracer(ThreadTracer):
 
         A ``__class__`` that says so would do for Python, but torch's C code takes its word for it, and crashes.
         """
-        if builtins.isinstance(value, classes):
-            return True
-        if not issubclass(type(value), Value) or self.is_evaluating or not self.has_example(value):
-            return False
-        return builtins.isinstance(self.example(value), classes)
+        if issubclass(type(value), Value) and self.has_examples and not builtins.isinstance(value, classes):
+            value = self.example(value)
+        return builtins.isinstance(value, classes)
 
     def replacements(self) -> Iterable[tuple[Any, str, Callable[..., Any]]]:
         """Torch's factory functions are nodes of the graph where they are given values of the graph."""
@@ -227,16 +212,7 @@ class ExampleTracer(ThreadTracer):
         for name in _FACTORIES:
             yield torch, name, self._factory(name, unpatched(torch, name))
         for name in ("is_floating_point", "is_complex"):
-            yield torch, name, self._about_dtype(name, unpatched(torch, name))
-
-    def _about_dtype(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What depends on a tensor's dtype only."""
-
-        def ask(value: Any) -> Any:
-            is_known = issubclass(type(value), Value) and not self.is_evaluating and self.has_example(value)
-            return getattr(self.example(value), name)() if is_known else function(value)
-
-        return ask
+            yield torch, name, _as_method(name, unpatched(torch, name))
 
     def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
@@ -251,7 +227,7 @@ class ExampleTracer(ThreadTracer):
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
-        node = self.latest(value.node)
+        node = self.aliases.latest(value.node)
         if node not in self._sizes:
             rank = self.rank(value)
             self._sizes[node] = Sizes(self.create_proxy("call_method", "size", (value, n), {}) for n in range(rank))
@@ -283,8 +259,8 @@ class ExampleTracer(ThreadTracer):
         """
         if not issubclass(type(value), Value):
             return value  # A size of a parameter.
-        node = self.current(value.node)
-        if not self.has_example(value):
+        node = self.aliases.current(value.node)
+        if not self.has_examples:
             raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
         if self._depends_on_data(node):
             raise UndecidableError(f"it decides by the data in {node.name}, which differs from input to input")
@@ -349,7 +325,6 @@ class ExampleTracer(ThreadTracer):
         for node, value in self._asked:
             self._settle(node, value)
         if self._rank_was_read:
-            assert self._examples is not None
             inputs = [node for node in self._order if node.op == "placeholder"]
             for node, example in zip(inputs, self._examples, strict=True):
                 self._settle(self.create_node("call_method", "dim", (node,), {}), example.dim())
@@ -369,6 +344,11 @@ def _storages(value: Any) -> set[int]:
         return set()
     leaves = (value,) if builtins.isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
     return {memory_of(leaf) for leaf in leaves if builtins.isinstance(leaf, torch.Tensor)} - {0}
+
+
+def _as_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch that asks a value's method instead."""
+    return lambda value: getattr(value, name)() if issubclass(type(value), Value) else function(value)
 
 
 def _described(node: fx.Node) -> str:

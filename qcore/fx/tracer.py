@@ -157,24 +157,6 @@ class NormalFormTracer(ExampleTracer):
             return value
         return pytree.tree_map_only(Value, self._opened, tuple(value))
 
-    def dropped(self, node: fx.Node) -> None:
-        """A forward can't read a node any more."""
-        self.aliases.forget(node)
-
-    def current(self, node: fx.Node) -> fx.Node:
-        """What to read in the place of a node that may have been overwritten."""
-        return self.aliases.current(node)
-
-    def latest(self, node: fx.Node) -> fx.Node:
-        """What has a value's present shape; its data may be of before a write."""
-        return self.aliases.latest(node)
-
-    def set_item(self, value: Value, index: Any, item: Any) -> None:
-        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
-        is_value = issubclass(type(item), Value)
-        if not is_value or not self.aliases.is_item(item.node, value.node, self.create_arg(index)):
-            self.create_proxy("call_method", "__setitem__", (value, index, item), {})
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
         if self._is_opaque(m, module_qualified_name) or isinstance(m, nn.MultiheadAttention):
@@ -227,7 +209,7 @@ class NormalFormTracer(ExampleTracer):
         if not is_inplace or not args or not isinstance(args[0], Value):
             self._origin = origin
             return self.create_proxy("call_module", path, args, kwargs)
-        node = self.current(args[0].node)
+        node = self.aliases.current(args[0].node)
         copied = self.proxy(self._add_node("call_method", "clone", (node,), {}, is_fresh=True))
         self._origin = origin
         result = self.create_proxy("call_module", path, (copied, *args[1:]), kwargs)
@@ -313,7 +295,7 @@ class NormalFormTracer(ExampleTracer):
         self._origin = origin
         proxy = self.create_proxy("call_function", call.operator.function, call.args, {}, name.replace(".", "_"))
         if call.inplace and isinstance(call.args[0], fx.Proxy):
-            self._overwrite(self.current(call.args[0].node), proxy.node)
+            self._overwrite(self.aliases.current(call.args[0].node), proxy.node)
             return call.args[0]
         return proxy
 
@@ -323,7 +305,7 @@ class NormalFormTracer(ExampleTracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
-        if kind == "call_function" and self.has_example(args) and _is_users(target):
+        if kind == "call_function" and self.has_examples and _is_users(target):
             writes = self.aliases.writes
             try:
                 result = target(*args, **kwargs)
@@ -341,7 +323,7 @@ class NormalFormTracer(ExampleTracer):
         return args[0] if self._is_written and isinstance(args[0], Value) else proxy
 
     def _is_parameter(self, value: Any) -> bool:
-        if not self.has_example(value) or not issubclass(type(value), Value):
+        if not self.has_examples or not issubclass(type(value), Value):
             return False
         return value.node.op == "get_attr" and value.node.target not in self.constants
 
@@ -362,7 +344,7 @@ class NormalFormTracer(ExampleTracer):
             self.aliases.write_inputs()
         if self.aliases.writes:
             is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
-            args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
+            args, kwargs = fx.map_arg((args, kwargs), self.aliases.latest if is_shape else self.aliases.current)
         written: fx.Node | None = None
         if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
