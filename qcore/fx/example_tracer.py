@@ -58,10 +58,9 @@ class ExampleTracer(ThreadTracer):
         self._tensors: set[fx.Node] = set()
         self._known: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, frozenset[fx.Node]] = {}
-        self._unread: defaultdict[fx.Node, int] = defaultdict(int)
         self._released: list[fx.Node] = []
         self._values: defaultdict[fx.Node, int] = defaultdict(int)
-        self._holders: defaultdict[fx.Node, int] = defaultdict(int)
+        self._needs: defaultdict[fx.Node, int] = defaultdict(int)
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
         self._settled: set[fx.Node] = set()
         self._from_inputs: set[fx.Node] = set()
@@ -73,6 +72,7 @@ class ExampleTracer(ThreadTracer):
     def proxy(self, node: fx.Node) -> Value:
         """The value of a node, as a forward sees it."""
         self._values[node] += 1
+        self.hold(node)
         return Value(node, self)
 
     def released(self, node: fx.Node) -> None:
@@ -87,25 +87,25 @@ class ExampleTracer(ThreadTracer):
             self._values[node] -= 1
             if not self._values[node]:
                 self.aliases.forget(node)
-                self._forget_if_done(node)
+            self.let_go(node)
 
     def is_held(self, node: fx.Node) -> bool:
         """Whether a forward can read a node yet."""
         return self._values[node] > 0
 
     def hold(self, node: fx.Node) -> None:
-        """What a node is on the examples will be needed."""
-        self._holders[node] += 1
+        """What a node is on the examples will be needed: by a value, a view, or a node that reads it."""
+        self._needs[node] += 1
 
     def let_go(self, node: fx.Node) -> None:
         """Takes one ``hold`` back."""
         if not vars(self):
             return  # The trace is over.
-        self._holders[node] -= 1
-        self._forget_if_done(node)
+        self._needs[node] -= 1
+        self._forget_unneeded(node)
 
-    def _forget_if_done(self, node: fx.Node) -> None:
-        if not (self._values[node] or self._holders[node] or self._unread[node]):
+    def _forget_unneeded(self, node: fx.Node) -> None:
+        if not self._needs[node]:
             self._known.pop(node, None)
 
     def note(self, node: fx.Node) -> None:
@@ -113,7 +113,7 @@ class ExampleTracer(ThreadTracer):
         self._order.append(node)
         sources = node.all_input_nodes
         for source in sources:
-            self._unread[source] += 1
+            self.hold(source)
         if node.op == "placeholder" or not self._from_inputs.isdisjoint(sources):
             self._from_inputs.add(node)
 
@@ -179,10 +179,9 @@ class ExampleTracer(ThreadTracer):
                             self._shared[node] = frozenset(shared)
                     self._evaluated += 1
                     for source in sources:
-                        self._unread[source] -= 1
-                        self._forget_if_done(source)
+                        self.let_go(source)
                     if self._evaluated < len(self._order):  # Else it may be about to become a value.
-                        self._forget_if_done(node)
+                        self._forget_unneeded(node)
         finally:
             self.is_evaluating = False
 

@@ -21,7 +21,7 @@ from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import HARMLESS, Origin
-from qcore.fx.twin import Copies, copied_value, twin_of
+from qcore.fx.twin import Copies, twin_of
 from qcore.fx.verify import rewrite
 from qcore.observer import ObserverBase
 from qcore.qconfig import ObserverConstructor, ObserverTraits
@@ -89,7 +89,7 @@ class Preparer:
         own_tensors(graph, part.root, self.copies)
         leaves = _leaves_as_new(graph, part, self.copies)
         for name in preserved:
-            adopt(graph, part.module, name, lambda value: copied_value(value, self.copies, leaves))
+            adopt(graph, part.module, name, lambda value: twin_of(value, self.copies, leaves))
         plan, refusals = make_plan(graph, self.resolver, self.traits, self.backend, self.config)
         scripts = [f"{path} stays as it is: {NO_PYTHON}" for path in scripts_in(graph)]
         plan = replace(plan, notes=(*notes_of_weights(part.module), *notes, *scripts))

@@ -5,7 +5,7 @@ other is guarded (``guard.py``), and if it writes into its parameters, the run i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -53,17 +53,15 @@ class Runs:
                 except Exception:
                     if not guard.refused:
                         raise
-                self._writes_parameters = guard.refused
-            if not self._writes_parameters:
+            if not guard.refused:
                 return result
+            self._writes_parameters = True
         with guarded((), self._start):
             return function(twin_of(self.model, cloned))
 
     def replay(self, examples: Sequence[Tensor], graph: fx.GraphModule) -> Any:
         """What a graph gives that has the model's own parameters; see ``propagate_examples``."""
-        if not self._is_guarded:
-            return propagate_examples(graph, examples)
-        with guarded(self.model.parameters(), self._start):
+        with guarded(self.model.parameters(), self._start) if self._is_guarded else nullcontext():
             return propagate_examples(graph, examples)
 
 

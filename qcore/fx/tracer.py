@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
-from qcore.fx.effects import is_harmless
+from qcore.fx.effects import is_harmless, refuse_state
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
 from qcore.fx.forms import FORMS, MODULES, Call
 from qcore.fx.graph_module import (
@@ -31,7 +31,6 @@ from qcore.fx.graph_module import (
 from qcore.fx.guard import aside, guarded, memory_of
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
-from qcore.fx.kept_state import refuse_state
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
 from qcore.fx.roots import Root, Source
 from qcore.fx.signature import CallSignature, Leaf, SignatureCodeGen, Structure, check_size
@@ -176,7 +175,7 @@ class NormalFormTracer(ExampleTracer):
             return forward(*args, **kwargs)
         path = "" if m is self.root else self.path_of_module(m)
         if self._is_opaque(m, path):
-            return self._leaf(m, path, forward, args, kwargs)
+            return self._leaf(m, path, args, kwargs)
         form, hook = MODULES.get(type(m)), hook_of(m)
         if form is not None and not hook:
             try:
@@ -185,21 +184,21 @@ class NormalFormTracer(ExampleTracer):
                 call = None  # Arguments that the form doesn't know.
             if call is not None:
                 return self._emit(call, path, self._make_origin(type(m), True, path))
-        if form is not None or not self.is_leaf_module(m, path):
-            try:
-                if hook and form is None:
-                    raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
-                if form is not None:
-                    return self._inside(m, path, forward, args, kwargs)
-                with ScopeContextManager(self.scope, Scope(path, type(m))):
-                    return forward(*args, **kwargs)
-            except Exception:
-                if self.failed_path is None:
-                    self.failed_path = path
-                raise
-        return self._leaf(m, path, forward, args, kwargs)
+        # A convolution whose call isn't one operator pads, by reflection for example, and calls one.
+        is_convolution = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if (form is not None and (hook or not is_convolution)) or (form is None and self.is_leaf_module(m, path)):
+            return self._leaf(m, path, args, kwargs)
+        try:
+            if hook:
+                raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
+            with ScopeContextManager(self.scope, Scope(path, type(m))):
+                return forward(*args, **kwargs)
+        except Exception:
+            if self.failed_path is None:
+                self.failed_path = path
+            raise
 
-    def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+    def _leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         if m is self.root:
             hook = hook_of(m)
             reason = f"has {hook}, which runs at each call" if hook else "is not known to qcore"
@@ -215,13 +214,6 @@ class NormalFormTracer(ExampleTracer):
         result = self.create_proxy("call_module", path, (copied, *args[1:]), kwargs)
         self._overwrite(node, result.node)
         return args[0]
-
-    def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not hook_of(m):
-            with ScopeContextManager(self.scope, Scope(path, type(m))):
-                return forward(*args, **kwargs)
-        return self._leaf(m, path, forward, args, kwargs)
 
     def _make_origin(self, object_type: ObjectType, is_module: bool, path: str) -> Origin:
         path = ".".join(step for step in (self._path, path) if step)
@@ -415,15 +407,9 @@ class NormalFormTracer(ExampleTracer):
     def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         try:
             form = FORMS.get(target)
-        except TypeError:
-            return None  # An unhashable callable.
-        if form is None:
-            return None
-        try:
-            call = form(*args, **kwargs)
+            return None if form is None else form(*args, **kwargs)
         except (TypeError, ValueError):
-            return None  # Arguments that the form doesn't know: the call stays as it is.
-        return call
+            return None  # An unhashable callable, or arguments that the form doesn't know: the call stays as it is.
 
 
 def _is_users(target: Any) -> bool:

@@ -10,7 +10,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qcore.fx.graph_module import modules_of
 
 Counterpart = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 _ATOMS = frozenset(
     {
@@ -77,21 +78,16 @@ class Copies:
                     copied.copy_(tensor)
 
 
-def twin_of(model: nn.Module, counterpart: Counterpart = cloned, memo: dict[int, Any] | None = None) -> nn.Module:
+def twin_of(value: T, counterpart: Counterpart = cloned, memo: dict[int, Any] | None = None) -> T:
     """A copy of a model, its hooks and attributes included; what can't be copied (a lock, an open file) is shared.
 
     Args:
-        model: isn't changed.
+        value: the model, or anything that a model has; isn't changed.
         counterpart: what the copy has for a tensor.
         memo: what it has for others, by identity, as for ``copy.deepcopy``; is added to.
     """
-    twin: nn.Module = copied_value(model, counterpart, memo)
+    twin: T = _Copier(counterpart, {} if memo is None else memo).value(value)
     return twin
-
-
-def copied_value(value: Any, counterpart: Counterpart = cloned, memo: dict[int, Any] | None = None) -> Any:
-    """The same for anything that a model has."""
-    return _Copier(counterpart, {} if memo is None else memo).value(value)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -144,8 +140,6 @@ class _Copier:
         elif kind is weakref.ref:
             target = self.memo.get(id(value()))
             made = value if target is None else weakref.ref(target)
-        elif kind is torch.Generator:
-            made = self.memo[id(value)] = value.clone_state()
         else:
             made = self.copied(value)
         return made
