@@ -4,7 +4,7 @@ import builtins
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +14,13 @@ from torch.utils import _pytree as pytree
 from qcore.fx.graph_module import computed, submodule
 from qcore.fx.guard import RealCalls, aside, memory_of
 from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, Kind, operator_of
-from qcore.fx.patches import unpatched
 from qcore.fx.signature import check_size
 from qcore.fx.thread_tracer import ThreadTracer
-from qcore.fx.values import UndecidableError, Value, values_in
+from qcore.fx.values import UndecidableError, Value, is_value
 
 if TYPE_CHECKING:
     from qcore.fx.aliases import Aliases
 
-#: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn",
-    "randperm", "tensor", "zeros",
-)  # fmt: skip
-_RANDOM_FACTORIES = ("rand", "randint", "randn", "randperm")
-_VARIADIC_FACTORIES = ("empty", "ones", "rand", "randn", "zeros")
 SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
 #: Python's own arithmetic.
 NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
@@ -48,7 +40,6 @@ class ExampleTracer(ThreadTracer):
 
     def __init__(self, examples: Sequence[torch.Tensor] | None) -> None:
         super().__init__()
-        self.is_evaluating = False
         self.constants: dict[str, torch.Tensor] = {}
         self.real_calls = RealCalls()
         self.has_examples = examples is not None
@@ -62,7 +53,7 @@ class ExampleTracer(ThreadTracer):
         self._values: defaultdict[fx.Node, int] = defaultdict(int)
         self._needs: defaultdict[fx.Node, int] = defaultdict(int)
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
-        self._settled: set[fx.Node] = set()
+        self._settled: dict[fx.Node, Any] = {}
         self._from_inputs: set[fx.Node] = set()
         self._asked: list[tuple[fx.Node, Any]] = []
         self._asked_again: list[fx.Node] | None = None
@@ -201,28 +192,9 @@ class ExampleTracer(ThreadTracer):
 
         A ``__class__`` that says so would do for Python, but torch's C code takes its word for it, and crashes.
         """
-        if issubclass(type(value), Value) and self.has_examples and not builtins.isinstance(value, classes):
+        if is_value(value) and self.has_examples and not builtins.isinstance(value, classes):
             value = self.example(value)
         return builtins.isinstance(value, classes)
-
-    def replacements(self) -> Iterable[tuple[Any, str, Callable[..., Any]]]:
-        """Torch's factory functions are nodes of the graph where they are given values of the graph."""
-        yield from super().replacements()
-        for name in _FACTORIES:
-            yield torch, name, self._factory(name, unpatched(torch, name))
-        for name in ("is_floating_point", "is_complex"):
-            yield torch, name, _as_method(name, unpatched(torch, name))
-
-    def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            # A random number that is drawn while tracing would be the same in every call.
-            if self.is_evaluating or not (name in _RANDOM_FACTORIES or values_in((args, kwargs))):
-                return function(*args, **kwargs)
-            if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
-                args = (tuple(args),)
-            return self.create_proxy("call_function", function, args, kwargs)
-
-        return factory
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
@@ -256,7 +228,7 @@ class ExampleTracer(ThreadTracer):
         Raises:
             UndecidableError: the value depends on data.
         """
-        if not issubclass(type(value), Value):
+        if not is_value(value):
             return value  # A size of a parameter.
         node = self.aliases.current(value.node)
         if not self.has_examples:
@@ -264,15 +236,15 @@ class ExampleTracer(ThreadTracer):
         if self._depends_on_data(node):
             raise UndecidableError(f"it decides by the data in {node.name}, which differs from input to input")
         example = self._example(node)
-        number = example.item() if isinstance(example, torch.Tensor) and example.numel() == 1 else example
-        if not isinstance(example, torch.Tensor):
-            if is_sure:
-                self._settle(node, number)
-            elif self._asked_again is None:
-                self._asked.append((node, number))
-            else:
-                self._asked_again.append(node)
-        return number
+        if builtins.isinstance(example, torch.Tensor):
+            return example.item() if example.numel() == 1 else example
+        if is_sure:
+            self._settled[node] = example
+        elif self._asked_again is None:
+            self._asked.append((node, example))
+        else:
+            self._asked_again.append(node)
+        return example
 
     def forget_asked(self, ask_again: Callable[[], Any]) -> bool:
         """A function of torch is to be recorded: it decided nothing by the numbers that it asked for.
@@ -297,13 +269,6 @@ class ExampleTracer(ThreadTracer):
                 del self._asked[-len(asked) :]
         return True
 
-    def _settle(self, node: fx.Node, value: Any) -> None:
-        if node in self._settled or node not in self._from_inputs:
-            return
-        self._settled.add(node)
-        with self.graph.inserting_after(node):
-            self.graph.create_node("call_function", check_size, (node, value, _described(node)))
-
     def _depends_on_data(self, node: fx.Node) -> bool:
         pending, seen = [node], {node}
         while pending:
@@ -321,12 +286,15 @@ class ExampleTracer(ThreadTracer):
 
     def settle_all(self) -> None:
         """At the end of a trace: guard what was settled, and the ranks of the inputs if any rank was read."""
-        for node, value in self._asked:
-            self._settle(node, value)
+        settled = self._settled | dict(self._asked)
         if self._rank_was_read:
             inputs = [node for node in self._order if node.op == "placeholder"]
             for node, example in zip(inputs, self._examples, strict=True):
-                self._settle(self.create_node("call_method", "dim", (node,), {}), example.dim())
+                settled[self.create_node("call_method", "dim", (node,), {})] = example.dim()
+        for node, value in settled.items():
+            if node in self._from_inputs:
+                with self.graph.inserting_after(node):
+                    self.graph.create_node("call_function", check_size, (node, value, _described(node)))
 
 
 class Sizes(tuple[Any, ...]):
@@ -343,11 +311,6 @@ def _storages(value: Any) -> set[int]:
         return set()
     leaves = (value,) if builtins.isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
     return {memory_of(leaf) for leaf in leaves if builtins.isinstance(leaf, torch.Tensor)} - {0}
-
-
-def _as_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of torch that asks a value's method instead."""
-    return lambda value: getattr(value, name)() if issubclass(type(value), Value) else function(value)
 
 
 def _described(node: fx.Node) -> str:

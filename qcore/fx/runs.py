@@ -4,8 +4,8 @@ What runs is a twin of the model (``twin.py``). A model that is known to do no m
 other is guarded (``guard.py``), and if it writes into its parameters, the run is repeated with copies of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -65,10 +65,6 @@ class Runs:
             return propagate_examples(graph, examples)
 
 
-@contextmanager
-def comparable() -> Iterator[None]:
-    """Let torch's transformer modules compute as a graph of their operators does."""
-    with Patches() as patches:
-        for owner, name, function in OPERATORS_ONLY:
-            patches.add(owner, name, function)
-        yield
+def comparable() -> Patches:
+    """Within this, torch's transformer modules compute as a graph of their operators does."""
+    return Patches(OPERATORS_ONLY)

@@ -34,10 +34,9 @@ from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, no
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
 from qcore.fx.roots import Root, Source
 from qcore.fx.signature import CallSignature, Leaf, SignatureCodeGen, Structure, check_size
-from qcore.fx.thread_tracer import is_proxy
 from qcore.fx.trace_errors import trace_error
 from qcore.fx.twin import Copies, shared, twin_of
-from qcore.fx.values import UndecidableError, Value
+from qcore.fx.values import UndecidableError, Value, is_value
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
@@ -100,7 +99,7 @@ class NormalFormTracer(ExampleTracer):
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
         self._captured: dict[int, tuple[torch.Tensor, int, str]] = {}
-        self._origin: Origin | None = None
+        self._module_call: tuple[Origin, bool] | None = None  # Its origin, and whether it overwrites what it is given.
         self.failed_path: str | None = None
 
     def create_args_for_root(
@@ -130,7 +129,7 @@ class NormalFormTracer(ExampleTracer):
         return call, [self.root, *tensors]
 
     def _is_same(self, first: Any, second: Any) -> bool:
-        if issubclass(type(first), Value) and issubclass(type(second), Value):
+        if is_value(first) and is_value(second):
             return self.aliases.is_same(first.node, second.node)
         return first is second
 
@@ -141,12 +140,12 @@ class NormalFormTracer(ExampleTracer):
             torch.Tensor, lambda tensor: self.create_proxy("call_function", fresh, (tensor,), {}), result
         )
         values, spec = pytree.tree_flatten(result)
-        structure = Structure(spec, tuple(Leaf("", True) if is_proxy(v) else Leaf("", False, v) for v in values))
+        structure = Structure(spec, tuple(Leaf("", True) if is_value(v) else Leaf("", False, v) for v in values))
         self.settle_all()
         if signature.is_plain and structure.is_plain:
             return result
         self.graph.set_codegen(SignatureCodeGen(signature, structure))
-        return tuple(filter(is_proxy, values))
+        return tuple(filter(is_value, values))
 
     def _opened(self, value: Value) -> Any:
         """A value as the tuple that it is, if it comes from a module that gives several tensors at once."""
@@ -183,7 +182,11 @@ class NormalFormTracer(ExampleTracer):
             except TypeError:
                 call = None  # Arguments that the form doesn't know.
             if call is not None:
-                return self._emit(call, path, self._make_origin(type(m), True, path))
+                origin = self._make_origin(type(m), True, path)
+                if call.operator is None:
+                    return call.args[0]
+                self._module_call, name = (origin, call.inplace), path.replace(".", "_")
+                return self.create_proxy("call_function", call.operator.function, call.args, {}, name)
         # A convolution whose call isn't one operator pads, by reflection for example, and calls one.
         is_convolution = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if (form is not None and (hook or not is_convolution)) or (form is None and self.is_leaf_module(m, path)):
@@ -203,17 +206,9 @@ class NormalFormTracer(ExampleTracer):
             hook = hook_of(m)
             reason = f"has {hook}, which runs at each call" if hook else "is not known to qcore"
             raise TraceError(f"{type(m).__name__} {reason}", path, None)
-        origin = self._make_origin(type(m), True, path)
         is_inplace = getattr(m, "inplace", False) is True and type(m).__module__.startswith("torch.nn.")
-        if not is_inplace or not args or not isinstance(args[0], Value):
-            self._origin = origin
-            return self.create_proxy("call_module", path, args, kwargs)
-        node = self.aliases.current(args[0].node)
-        copied = self.proxy(self._add_node("call_method", "clone", (node,), {}, is_fresh=True))
-        self._origin = origin
-        result = self.create_proxy("call_module", path, (copied, *args[1:]), kwargs)
-        self._overwrite(node, result.node)
-        return args[0]
+        self._module_call = self._make_origin(type(m), True, path), is_inplace
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def _make_origin(self, object_type: ObjectType, is_module: bool, path: str) -> Origin:
         path = ".".join(step for step in (self._path, path) if step)
@@ -225,7 +220,13 @@ class NormalFormTracer(ExampleTracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """Trace ``root``; see ``fx.Tracer.trace``."""
-        tensors = [*root.named_buffers(), *root.named_parameters()]
+        attributes = [
+            (f"{path}.{name}".lstrip("."), value)
+            for path, module in root.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, torch.Tensor)
+        ]
+        tensors = [*attributes, *root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
         return super().trace(root, concrete_args)
 
@@ -247,7 +248,7 @@ class NormalFormTracer(ExampleTracer):
         if isinstance(a, torch.Tensor):
             if id(a) in self._tensor_paths:
                 return self._tensor(self._tensor_paths[id(a)]).node
-            if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
+            if not isinstance(a, nn.Parameter):
                 return self._tensor(self._constant(a)).node
         return super().create_arg(a)
 
@@ -281,20 +282,6 @@ class NormalFormTracer(ExampleTracer):
             self._attributes[target] = self.proxy(self._add_node("get_attr", target, (), {}))
         return self._attributes[target]
 
-    def _emit(self, call: Call, name: str, origin: Origin) -> Any:
-        if call.operator is None:
-            return call.args[0]
-        self._origin = origin
-        proxy = self.create_proxy("call_function", call.operator.function, call.args, {}, name.replace(".", "_"))
-        if call.inplace and isinstance(call.args[0], fx.Proxy):
-            self._overwrite(self.aliases.current(call.args[0].node), proxy.node)
-            return call.args[0]
-        return proxy
-
-    def _overwrite(self, node: fx.Node, by: fx.Node) -> None:
-        by.meta["overwrites"] = True
-        self.aliases.overwrite(node, by)
-
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
         if kind == "call_function" and self.has_examples and _is_users(target):
@@ -309,13 +296,12 @@ class NormalFormTracer(ExampleTracer):
         if kind == "call_method" and target in SIZE_METHODS and self._is_parameter(args[0]):
             # It has one size, and isn't read for that.
             return getattr(get_attribute(self.root, args[0].node.target), target)(*args[1:], **kwargs)
-        self._is_written = False
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
         # What a write gives back is the overwritten tensor itself.
         return args[0] if self._is_written and isinstance(args[0], Value) else proxy
 
     def _is_parameter(self, value: Any) -> bool:
-        if not self.has_examples or not issubclass(type(value), Value):
+        if not self.has_examples or not is_value(value):
             return False
         return value.node.op == "get_attr" and value.node.target not in self.constants
 
@@ -329,16 +315,15 @@ class NormalFormTracer(ExampleTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Add a node; a call of a known function or method takes its normal form."""
-        origin = None
-        if kind != "get_attr":  # A tensor among the arguments of the call that the origin is of.
-            origin, self._origin = self._origin, None
+        origin, is_written, call, is_module = None, False, None, self._module_call is not None
+        if self._module_call is not None and kind != "get_attr":  # That is a tensor among the arguments of the call.
+            (origin, is_written), self._module_call = self._module_call, None
         if kind == "output":
             self.aliases.write_inputs()
         if self.aliases.writes:
             is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
             args, kwargs = fx.map_arg((args, kwargs), self.aliases.latest if is_shape else self.aliases.current)
-        written: fx.Node | None = None
-        if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
+        if kind in ("call_function", "call_method") and not is_module and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
             if kwargs.get("out") is not None:
                 raise UndecidableError("it writes a result into out=...")
@@ -346,26 +331,25 @@ class NormalFormTracer(ExampleTracer):
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
             is_written = writes_in_place(target, kwargs) or (call is not None and call.inplace)
-            if is_written:
-                if not args or not isinstance(args[0], fx.Node):
-                    raise UndecidableError(f"it calls {name_of(target)}, which changes tensors in place")
-                written = args[0]
-            if call is not None and call.operator is not None:
-                kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-            elif written is not None:
-                if target == "requires_grad_":
-                    return written
-                is_turned = target in TURNING
-                kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
-                if is_turned:
-                    node = self._add_node(kind, target, args, kwargs, origin)
-                    self.aliases.rebind(written, node)
-                    self._is_written = True
-                    return node
-        node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_fresh=written is not None)
-        if written is not None:
-            self._overwrite(written, node)
-            self._is_written = True
+        written: Any = args[0] if is_written and args else None
+        if is_written and not isinstance(written, fx.Node):
+            raise UndecidableError(f"it calls {name_of(target)}, which changes tensors in place")
+        is_turned = is_written and target in TURNING
+        if call is not None and call.operator is not None:
+            kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
+        elif is_written and target == "requires_grad_":
+            return args[0]  # type: ignore[no-any-return]
+        elif is_written and kind == "call_module":
+            args = (self._add_node("call_method", "clone", (written,), {}, is_fresh=True), *args[1:])
+        elif is_written and not is_module:
+            kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
+        node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_written and not is_turned)
+        if is_turned:
+            self.aliases.rebind(written, node)
+        elif is_written:
+            node.meta["overwrites"] = True
+            self.aliases.overwrite(written, node)
+        self._is_written = is_written
         self.forget_released()
         return node
 

@@ -20,17 +20,10 @@ _PLAIN_PROPERTIES = (
     "dtype", "layout", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "requires_grad", "is_floating_point",
     "is_complex",
 )  # fmt: skip
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+#: Python's in-place operators: what each calls, and the plain form of that.
 INPLACE_OPERATORS = {
-    "__iadd__": (operator.iadd, operator.add),
-    "__isub__": (operator.isub, operator.sub),
-    "__imul__": (operator.imul, operator.mul),
-    "__itruediv__": (operator.itruediv, operator.truediv),
-    "__ifloordiv__": (operator.ifloordiv, operator.floordiv),
-    "__imod__": (operator.imod, operator.mod),
-    "__ipow__": (operator.ipow, operator.pow),
-    "__iand__": (operator.iand, operator.and_),
-    "__ior__": (operator.ior, operator.or_),
-    "__ixor__": (operator.ixor, operator.xor),
+    f"__i{name}__": (getattr(operator, f"__i{name}__"), getattr(operator, f"__{name}__")) for name in _ARITHMETIC
 }
 
 
@@ -112,8 +105,7 @@ class Value(fx.Proxy):
         return operator.index(self.tracer.settle(self, is_sure=False))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        is_value = issubclass(type(value), Value)
-        if not is_value or not self.tracer.aliases.is_item(value.node, self.node, self.tracer.create_arg(index)):
+        if not is_value(value) or not self.tracer.aliases.is_item(value.node, self.node, self.tracer.create_arg(index)):
             self.tracer.create_proxy("call_method", "__setitem__", (self, index, value), {})
 
     @classmethod
@@ -166,13 +158,18 @@ class Attribute(Value):
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
+def is_value(item: Any) -> bool:
+    """Whether something is a traced value; ``isinstance`` means another thing to who is traced."""
+    return issubclass(type(item), Value)
+
+
 def values_in(argument: Any) -> list[Value]:
     """The traced values among nested arguments."""
     found: list[Value] = []
     pending = [argument]
     while pending:
         item = pending.pop()
-        if issubclass(type(item), Value):
+        if is_value(item):
             found.append(item)
         elif type(item) is slice:
             pending.extend((item.start, item.stop, item.step))
