@@ -26,12 +26,7 @@ _CONSTANTS = (
 #: What the code of a graph calls the signature of its call, and the structure of its result.
 GLOBALS = ("_call_signature", "_result_structure")
 _CONTAINERS = (tuple, list, dict, OrderedDict)
-_ANYTHING = inspect.Signature(
-    [
-        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
-        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-    ]
-)
+_ANYTHING = inspect.signature(lambda *args, **kwargs: None)
 
 
 class NotConstantError(Exception):
@@ -56,9 +51,6 @@ class Leaf:
         if not isinstance(other, Leaf):
             return NotImplemented
         return (self.name, self.is_tensor) == (other.name, other.is_tensor) and same(self.constant, other.constant)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.is_tensor))
 
 
 @dataclass(frozen=True)

@@ -455,7 +455,6 @@ def trace(
             if node.target == "contiguous" and not any(user.target is with_view for user in node.users):
                 node.replace_all_uses_with(node.args[0])  # Without writes a copy is as good as what it is of.
                 graph.erase_node(node)
-            node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
         root = Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
     except Exception as error:
         raise trace_error(error, tracer.failed_path or "", model) from error
