@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from qcore.fx.graph_module import modules_of
-from qcore.fx.inplace import writes_in_place
+from qcore.fx.inplace import name_of, writes_in_place
 from qcore.fx.operators import operator_of
 from qcore.fx.values import UndecidableError, values_in
 
@@ -62,12 +62,11 @@ def is_harmless(graph: fx.Graph, leaf: Callable[[str], nn.Module]) -> bool:
 
 def _is_harmless_call(node: fx.Node) -> bool:
     target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
     home = None if isinstance(target, str) else getattr(target, "__module__", None)
     if home not in _LIBRARIES and not home.startswith("qcore."):
         return False
     options = {"out", "max_norm"} & {key for key, value in node.kwargs.items() if value is not None}
-    return not options and not any(word in name for word in _RANDOM)
+    return not options and not any(word in name_of(target) for word in _RANDOM)
 
 
 def refuse_state(model: nn.Module, twins: Mapping[int, Any]) -> None:

@@ -138,6 +138,8 @@ class ExampleTracer(ThreadTracer):
         return self._example(self.aliases.latest(value.node))
 
     def _example(self, node: fx.Node) -> Any:
+        if not self.has_examples:
+            raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
         if node not in self._known:
             self._run()
         return self._known[node]
@@ -231,9 +233,7 @@ class ExampleTracer(ThreadTracer):
         if not is_value(value):
             return value  # A size of a parameter.
         node = self.aliases.current(value.node)
-        if not self.has_examples:
-            raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
-        if self._depends_on_data(node):
+        if self.has_examples and self._depends_on_data(node):
             raise UndecidableError(f"it decides by the data in {node.name}, which differs from input to input")
         example = self._example(node)
         if builtins.isinstance(example, torch.Tensor):

@@ -52,6 +52,9 @@ class Leaf:
             return NotImplemented
         return (self.name, self.is_tensor) == (other.name, other.is_tensor) and same(self.constant, other.constant)
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.is_tensor))
+
 
 @dataclass(frozen=True)
 class Structure:

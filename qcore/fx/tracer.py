@@ -7,9 +7,11 @@ whatever name, reads the result instead (``aliases.py``). Each node remembers in
 it, which is what a QConfigMapping speaks of.
 """
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -22,25 +24,21 @@ from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
 from qcore.fx.effects import is_harmless, refuse_state
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
-from qcore.fx.forms import FORMS, MODULES, Call
-from qcore.fx.graph_module import (
-    QGraphModule,
-    get_attribute,
-    submodule,
-)
+from qcore.fx.forms import FORMS, MODULES
+from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
 from qcore.fx.guard import aside, guarded, memory_of
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
 from qcore.fx.roots import Root, Source
 from qcore.fx.signature import CallSignature, Leaf, SignatureCodeGen, Structure, check_size
-from qcore.fx.trace_errors import trace_error
 from qcore.fx.twin import Copies, shared, twin_of
 from qcore.fx.values import UndecidableError, Value, is_value
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 _OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 #: Where the result of ``trace`` says whether its forward is harmless; see ``effects.is_harmless``.
 HARMLESS = "qcore_harmless"
 
@@ -327,7 +325,11 @@ class NormalFormTracer(ExampleTracer):
             origin = self._make_origin(target, False, self.scope.module_path)
             if kwargs.get("out") is not None:
                 raise UndecidableError("it writes a result into out=...")
-            call = self._normal_form(target, args, kwargs)
+            try:
+                form = FORMS.get(target)
+                call = form(*args, **kwargs) if form is not None else None
+            except (TypeError, ValueError):
+                pass  # An unhashable callable, or arguments that the form doesn't know: the call stays as it is.
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
             is_written = writes_in_place(target, kwargs) or (call is not None and call.inplace)
@@ -386,14 +388,6 @@ class NormalFormTracer(ExampleTracer):
             return "a tensor outside of its modules"
         self.real_calls.written.add(memory)
         return ""
-
-    @staticmethod
-    def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        try:
-            form = FORMS.get(target)
-            return None if form is None else form(*args, **kwargs)
-        except (TypeError, ValueError):
-            return None  # An unhashable callable, or arguments that the form doesn't know: the call stays as it is.
 
 
 def _is_users(target: Any) -> bool:
@@ -457,9 +451,39 @@ def trace(
                 graph.erase_node(node)
         root = Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
     except Exception as error:
-        raise trace_error(error, tracer.failed_path or "", model) from error
+        raise _trace_error(error, tracer.failed_path or "", model) from error
     finally:
         vars(tracer).clear()  # Cycles hold it, and it holds the model and all that it computed.
     traced = QGraphModule.of(root, graph, is_raw=True)
     traced.meta[HARMLESS] = harmless
     return traced
+
+
+def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
+    """Which module failed, at which line of the user's, and what to do.
+
+    Args:
+        error: what failed.
+        path: of the module whose forward failed.
+        model: what was traced.
+    """
+    location = _user_location(error)
+    where = f"{path!r} ({type(submodule(model, path)).__name__})" if path else f"the model ({type(model).__name__})"
+    at = f" at {location}" if location else ""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return TraceError(
+        f"{type(model).__name__} can't be traced: the forward of {where} failed{at}: "
+        f"{reason}. Keep that submodule whole with "
+        f"prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names([{path!r}]), or rewrite the line",
+        path,
+        location,
+        reason,
+    )
+
+
+def _user_location(error: Exception) -> str | None:
+    """The innermost line outside torch and qcore."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None

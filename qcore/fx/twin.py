@@ -150,7 +150,7 @@ class _Copier:
         except Exception:
             return value
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> Any:
         """The copy of a module and of all inside, which may refer to each other: all are there before any is filled."""
         modules = modules_of(model, self.memo)
         plain = [module for module in modules if _is_plain(type(module))]  # type: ignore[arg-type]
@@ -168,10 +168,7 @@ class _Copier:
                 # Most of what is left are registries without entries.
                 state[name] = kind() if (kind is dict or kind is OrderedDict) and not value else self.value(value)
             vars(self.memo[id(module)]).update(state)
-        if id(model) in self.memo:
-            return self.memo[id(model)]  # type: ignore[no-any-return]
-        made: nn.Module = self.copied(model)
-        return made
+        return self.memo[id(model)] if id(model) in self.memo else self.copied(model)
 
     def function(self, function: types.FunctionType) -> types.FunctionType:
         """A function that refers to modules of the model, as hooks and patched forwards do, refers to their copies."""

@@ -75,12 +75,8 @@ class Value(fx.Proxy):
         raise UndecidableError("it assigns to .data of a tensor")
 
     def __len__(self) -> int:
-        if not self.tracer.has_examples:
-            return super().__len__()
         example = self.tracer.example(self)
-        if isinstance(example, torch.Tensor):
-            return int(self.tracer.settle(self.size(0)))
-        return len(example)
+        return int(self.tracer.settle(self.size(0))) if isinstance(example, torch.Tensor) else len(example)
 
     def __iter__(self) -> Iterator[Any]:
         if not self.tracer.has_examples:
