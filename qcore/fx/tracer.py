@@ -294,7 +294,10 @@ class NormalFormTracer(ExampleTracer):
         if kind == "call_method" and target in SIZE_METHODS and self._is_parameter(args[0]):
             # It has one size, and isn't read for that.
             return getattr(get_attribute(self.root, args[0].node.target), target)(*args[1:], **kwargs)
-        proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        try:
+            proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        finally:
+            self._module_call = None  # A forward may go on after a call that failed.
         # What a write gives back is the overwritten tensor itself.
         return args[0] if self._is_written and isinstance(args[0], Value) else proxy
 
@@ -313,9 +316,10 @@ class NormalFormTracer(ExampleTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Add a node; a call of a known function or method takes its normal form."""
-        origin, is_written, call, is_module = None, False, None, self._module_call is not None
+        origin, call, is_module = None, None, self._module_call is not None
+        self._is_written = is_written = is_turned = False
         if self._module_call is not None and kind != "get_attr":  # That is a tensor among the arguments of the call.
-            (origin, is_written), self._module_call = self._module_call, None
+            origin, is_written = self._module_call
         if kind == "output":
             self.aliases.write_inputs()
         if self.aliases.writes:
@@ -336,14 +340,14 @@ class NormalFormTracer(ExampleTracer):
         written: Any = args[0] if is_written and args else None
         if is_written and not isinstance(written, fx.Node):
             raise UndecidableError(f"it calls {name_of(target)}, which changes tensors in place")
-        is_turned = is_written and target in TURNING
         if call is not None and call.operator is not None:
             kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-        elif is_written and target == "requires_grad_":
-            return args[0]  # type: ignore[no-any-return]
         elif is_written and kind == "call_module":
             args = (self._add_node("call_method", "clone", (written,), {}, is_fresh=True), *args[1:])
         elif is_written and not is_module:
+            if target == "requires_grad_":
+                return args[0]  # type: ignore[no-any-return]
+            is_turned = target in TURNING
             kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
         node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_written and not is_turned)
         if is_turned:
