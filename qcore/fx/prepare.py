@@ -20,7 +20,7 @@ from qcore.fx.record import Record, Settings
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import HARMLESS, Origin
-from qcore.fx.twin import Copies, copied_value, twin_of
+from qcore.fx.twin import Copies, twin_of
 from qcore.fx.verify import rewrite
 from qcore.observer import StandIns
 from qcore.qconfig import ObserverConstructor, ObserverTraits
@@ -78,7 +78,7 @@ class Preparer:
         own_tensors(graph, part.root, self.copies)
         leaves = _leaves_as_new(graph, part, self.copies)
         for name in preserved:
-            adopt(graph, part.module, name, lambda value: copied_value(value, self.copies, leaves))
+            adopt(graph, part.module, name, lambda value: twin_of(value, self.copies, leaves))
         settings = self.settings
         plan, refusals = make_plan(graph, self.resolver, self.traits, settings.backend, settings.backend_config)
         self.refusals.extend(refusals)

@@ -152,11 +152,6 @@ def copied(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
 
 
-def tensors_of(values: Any) -> list[Tensor]:
-    """The tensors among nested values."""
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
