@@ -193,7 +193,7 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
     else:
         with module.graph.inserting_before(reader):
             node = new_node(module.graph, "get_attr", target)
-    node.meta["example"] = Example(tuple(value.shape), value.dtype)
+    node.meta["example"] = Example.of(value)
     return node
 
 
