@@ -213,9 +213,10 @@ class _Conversion:
         return node
 
     def call(self, function: Any, value: fx.Node, *arguments: Any, dtype: torch.dtype) -> fx.Node:
-        """A node, where the graph inserts, that makes another dtype of a value."""
+        """A node, where the graph inserts, that makes another dtype of a value; a node of the user's has no example."""
         node = new_node(self.graph, "call_function", function, (value, *arguments))
-        node.meta["example"] = Example(value.meta["example"].shape, dtype)
+        if (example := value.meta.get("example")) is not None:
+            node.meta["example"] = Example(example.shape, dtype)
         return node
 
     def replace_observer(self, node: fx.Node, number: int) -> None:

@@ -30,7 +30,8 @@ class FusionPattern:
     Attributes:
         pattern: an operator, or a tuple of operators, each the only reader of the one before it.
         rewrite: gets the module and the chain's nodes; changes the module's graph and tensors so that it computes the
-            same, and returns whether it did (``False`` leaves the chain as it was).
+            same, and returns whether it did (``False`` leaves the chain as it was). Nodes that stay keep the shape and
+            the dtype of what they give.
         needs_run: whether a run of the network on the example inputs has to show that it computes the same.
     """
 

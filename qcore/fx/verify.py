@@ -149,7 +149,7 @@ def results(graph: fx.GraphModule) -> Any:
 
 
 def check_planned(graph: QGraphModule, plan: QuantizationPlan) -> None:
-    """A plan: all that it speaks of is there.
+    """A plan: all that it speaks of is there, and what is to be integers has qparams.
 
     Raises:
         GraphError: a node isn't, or a weight is no tensor of the graph's own.
@@ -169,6 +169,12 @@ def check_planned(graph: QGraphModule, plan: QuantizationPlan) -> None:
     for name, number in numbers:
         if not 0 <= number < len(plan.qparams):
             raise GraphError(after, name, f"is to have qparams {number}, of {len(plan.qparams)}")
+    given = {name for name, _ in numbers}
+    for decision in plan.quantized:
+        config = decision.dtype_config
+        is_float = config is None or gives_float(config) or reads_float(config)
+        if not is_float and decision.node not in given and not is_tuple(nodes[decision.node]):
+            raise GraphError(after, decision.node, "is to give integers, and has no qparams")
     for weight in plan.weights:
         source = _argument(nodes[weight.node], weight.argument)
         if source is None or source.op != "get_attr":
@@ -203,10 +209,8 @@ def check_observed(graph: QGraphModule, plan: QuantizationPlan, observers: Mappi
         if observer is None:
             raise GraphError(after, planned.value, f"has no observer for qparams {planned.qparams}")
         value = nodes[planned.value]
-        readers = [nodes[name] for name in planned.readers or ()] or [
-            user for user in value.users if user is not observer
-        ]
-        for reader in readers:
+        others = [user for user in value.users if user is not observer]
+        for reader in others if planned.readers is None else [nodes[name] for name in planned.readers]:
             if reader in value.users or reader not in observer.users:
                 raise GraphError(after, reader.name, f"doesn't read {value.name!r} by its observer {observer.name!r}")
     for value_name, number in standing:
@@ -234,7 +238,7 @@ def check_reference(graph: QGraphModule, prepared: QGraphModule, record: Record)
             if node is not None:
                 raise GraphError(after, node.name, "is an observer, which isn't needed any more")
         elif node is None:
-            readers = (r for u in before.users for r in (u.users if u.target in observers else (u,)))
+            readers = (r for user in before.users for r in (user.users if user.target in observers else (user,)))
             if before.op != "get_attr" and any(reader.name in nodes for reader in readers):
                 raise GraphError(after, before.name, "is gone, and others read it")
         elif (node.op, node.target) != (before.op, before.target):
@@ -247,27 +251,30 @@ def check_reference(graph: QGraphModule, prepared: QGraphModule, record: Record)
     for node in nodes.values():
         value = _argument(node, 0)
         example = None if value is None else value.meta.get("example")
-        if node.target is ops.quantize_per_tensor:
-            _expect(node, example and Example(example.shape, node.args[5]), after)
-        elif node.target in _DEQUANTIZE or node.target is ops.dynamic_quantize_dequantize:
-            _expect(node, example and Example(example.shape, torch.float32), after)
-    _check_integers(nodes, prepared, record.plan, after)
-
-
-def _check_integers(nodes: Mapping[str, fx.Node], prepared: QGraphModule, plan: QuantizationPlan, after: str) -> None:
-    """Every planned value is quantized; what nobody reads may be gone."""
-    originals = {node.name: node for node in prepared.graph.nodes}
-    for decision in plan.quantized:
-        node, config = nodes.get(decision.node), decision.dtype_config
-        if node is None or config is None or gives_float(config) or reads_float(config) or is_tuple(node):
+        if example is None:
             continue
-        for user in node.users:
-            if user.target is not ops.quantize_per_tensor:
-                raise GraphError(after, user.name, f"reads {node.name!r} as float, which is to be quantized")
-    for observation in plan.observations:
-        for name in observation.readers or ():
-            if name in nodes and nodes[name] in nodes[observation.value].users:
-                raise GraphError(after, name, f"reads {observation.value!r} as float, which is to be quantized")
+        if node.target is ops.quantize_per_tensor:
+            _expect(node, Example(example.shape, node.args[5]), after)
+        elif node.target in (*_DEQUANTIZE, ops.dynamic_quantize_dequantize):
+            _expect(node, Example(example.shape, torch.float32), after)
+    _check_integers(nodes, prepared, record, after)
+
+
+def _check_integers(nodes: Mapping[str, fx.Node], prepared: QGraphModule, record: Record, after: str) -> None:
+    """Every planned value is quantized; what nobody reads may be gone."""
+    plan, observers = record.plan, set(record.observers.values())
+    originals = {node.name: node for node in prepared.graph.nodes}
+    for name in dict.fromkeys((*(observation.value for observation in plan.observations), *plan.shared)):
+        if (node := nodes.get(name)) is None:
+            continue
+        users = originals[name].users
+        readers = users if name in plan.shared else [r for u in users if u.target in observers for r in u.users]
+        is_quantized = any(user.target is ops.quantize_per_tensor for user in node.users)
+        if not is_quantized and any(reader.name in nodes for reader in readers):
+            raise GraphError(after, name, "isn't quantized, as planned")
+        for reader in readers:
+            if (found := nodes.get(reader.name)) is not None and found in node.users:
+                raise GraphError(after, reader.name, f"reads {name!r} as float, and not as integers, as planned")
     for name in plan.dynamic:
         if name in nodes and activation_inputs(nodes[name])[0].target is not ops.dynamic_quantize_dequantize:
             raise GraphError(after, name, "reads what isn't quantized at run time")
