@@ -468,10 +468,8 @@ def read_as_float(graph, _):
 
 
 def observer_left(graph, conversion):
-    name = conversion.record.observers[0]
-    observer = node_of(conversion.prepared, name)
     with graph.graph.inserting_before(node_of(graph, ops.quantize_per_tensor)):
-        graph.graph.create_node("call_module", name, (node_of(graph, "placeholder"),), name=observer.name)
+        graph.graph.call_module(conversion.record.observers[0], (node_of(graph, "placeholder"),))
 
 
 def float_weight(graph, conversion):
@@ -531,10 +529,10 @@ def not_rounded_at_run_time(graph, conversion):
     [
         (not_quantized, "'clamp' isn't quantized, as planned"),
         (read_as_float, "'flatten' reads 'clamp' as float, and not as integers, as planned"),
-        (observer_left, "'activation_post_process_0' is an observer, which isn't needed any more"),
+        (observer_left, "is an observer, which isn't needed any more"),
         (float_weight, "'conv' reads no integers as its argument 1"),
         (weight_of_another_shape, "'conv' has a weight of int8[4, 1, 1, 1], and had one of [4, 2, 1, 1]"),
-        (bias_of_another_shape, "reads float32[1], where float32[4] is expected"),
+        (bias_of_another_shape, "reads float32[1], and its example is float32[4]"),
         (quantize_of_another_dtype, "gives uint8[3, 2, 2, 2], where int8[3, 2, 2, 2] is expected"),
         (dequantize_of_another_shape, "gives float32[1], where float32[3, 2, 2, 2] is expected"),
         (integers_without_example, "reads int8[4, 2, 1, 1], and its example is None"),

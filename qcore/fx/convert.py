@@ -204,13 +204,7 @@ class _Conversion:
         set_tensor(self.root, targets[0], scale)
         set_tensor(self.root, targets[1], zero_point)
         with self.graph.inserting_before(before):
-            return self.attribute(targets[0]), self.attribute(targets[1])
-
-    def attribute(self, target: str) -> fx.Node:
-        """A node, where the graph inserts, that reads a tensor of the new root."""
-        node = new_node(self.graph, "get_attr", target)
-        node.meta["example"] = Example.of(get_attribute(self.root, target))
-        return node
+            return new_node(self.graph, "get_attr", targets[0]), new_node(self.graph, "get_attr", targets[1])
 
     def call(self, function: Any, value: fx.Node, *arguments: Any, dtype: torch.dtype) -> fx.Node:
         """A node, where the graph inserts, that makes another dtype of a value; a node of the user's has no example."""
@@ -264,7 +258,9 @@ class _Conversion:
         axis = () if weight.axis is None else (weight.axis,)
         dequantize = ops.dequantize_per_tensor if weight.axis is None else ops.dequantize_per_channel
         with self.graph.inserting_before(source):
-            return self.call(dequantize, self.attribute(target), *qparams, *axis, dtype=torch.float32)
+            values = new_node(self.graph, "get_attr", target)
+            values.meta["example"] = Example.of(weight.values)
+            return self.call(dequantize, values, *qparams, *axis, dtype=torch.float32)
 
     def float_targets(self) -> set[str]:
         """The tensors that somebody goes on reading as they are, beside or instead of an operator on integers."""
@@ -286,8 +282,12 @@ class _Conversion:
             place_for(self.root, owner)._modules[name] = module
 
     def take_attributes(self) -> None:
-        """Copy what the graph still reads from the prepared model."""
+        """Copy what the graph still reads from the prepared model; its user may have given it other tensors."""
         for node in self.graph.nodes:
-            if node.op == "get_attr" and not has_attribute(self.root, str(node.target)):
+            if node.op != "get_attr":
+                continue
+            if not has_attribute(self.root, str(node.target)):
                 value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), self.memo)
                 set_tensor(self.root, str(node.target), value, is_persistent(self.prepared, str(node.target)))
+            if isinstance(tensor := get_attribute(self.root, str(node.target)), Tensor):
+                node.meta["example"] = Example.of(tensor)

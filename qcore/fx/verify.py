@@ -230,27 +230,30 @@ def check_reference(graph: QGraphModule, prepared: QGraphModule, record: Record)
     """
     after = "convert"
     attributes = lint(graph, after)
+    _check_attributes(attributes, after)
     nodes = {node.name: node for node in graph.graph.nodes}
     observers = set(record.observers.values())
     for before in prepared.graph.nodes:
         node = nodes.get(before.name)
-        if before.op == "call_module" and before.target in observers:
-            if node is not None:
-                raise GraphError(after, node.name, "is an observer, which isn't needed any more")
-        elif node is None:
+        if before.target in observers:
+            continue
+        if node is None:
             readers = (r for user in before.users for r in (user.users if user.target in observers else (user,)))
             if before.op != "get_attr" and any(reader.name in nodes for reader in readers):
                 raise GraphError(after, before.name, "is gone, and others read it")
-        elif (node.op, node.target) != (before.op, before.target):
+            continue
+        if (node.op, node.target) != (before.op, before.target):
             raise GraphError(after, node.name, f"is {node.op} {node.target}, and was {before.op} {before.target}")
-        elif node in attributes:
-            _expect_tensor(node, attributes.pop(node), get_attribute(prepared, str(before.target)), after)
-        elif (example := before.meta.get("example")) is not None:
+        example = before.meta.get("example")
+        if node in attributes and isinstance(tensor := get_attribute(prepared, str(before.target)), Tensor):
+            example = Example.of(tensor)
+        if example is not None:
             _expect(node, example, after)
-    _check_attributes(attributes, after)
     for node in nodes.values():
         value = _argument(node, 0)
         example = None if value is None else value.meta.get("example")
+        if node.target in observers:
+            raise GraphError(after, node.name, "is an observer, which isn't needed any more")
         if example is None:
             continue
         if node.target is ops.quantize_per_tensor:
@@ -309,12 +312,6 @@ def _check_attributes(attributes: Mapping[fx.Node, Any], after: str) -> None:
             example = node.meta.get("example")
             if example is None or example.shape != value.shape or example.dtype is not value.dtype:
                 raise GraphError(after, node.name, f"reads {Example.of(value)}, and its example is {example}")
-
-
-def _expect_tensor(node: fx.Node, have: Any, want: Any, after: str) -> None:
-    """A tensor has the form of another."""
-    if isinstance(want, Tensor) and (have.shape != want.shape or have.dtype is not want.dtype):
-        raise GraphError(after, node.name, f"reads {Example.of(have)}, where {Example.of(want)} is expected")
 
 
 def rewrite(
