@@ -296,7 +296,7 @@ def result_dropped(module, chain):
     [
         (shape_changed, "node 'linear' gives float32[1, 3, 4], where float32[3, 4] is expected", False),
         (put_behind, "reads 'linear", True),
-        (weight_replaced, "reads float32[2, 4], and its example is float32[4, 4]", True),
+        (weight_replaced, "gives float32[4, 4], where float32[2, 4] is expected", True),
         (result_claimed, "float64[3, 4]", True),
         (result_dropped, "node 'output' gives None, and gave float32[3, 4] before", True),
     ],
@@ -368,9 +368,9 @@ def changed(owner, name, change, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "meta", "problem"),
     [
-        ("get_attr", {"example": Example((9,), torch.float32)}, "float32[4, 2, 1, 1], and its example is float32[9]"),
-        ("get_attr", {}, "and its example is None"),
-        ("placeholder", {}, "gives what has no example"),
+        ("get_attr", {"example": Example((9,), torch.float32)}, "float32[9], where float32[4, 2, 1, 1] is expected"),
+        ("get_attr", {}, "gives what has no example, where float32[4, 2, 1, 1] is expected"),
+        ("placeholder", {}, "is an input and has no example"),
     ],
 )  # fmt: skip
 def test_a_fault_of_the_trace_is_found(monkeypatch, op, meta, problem):
@@ -532,10 +532,10 @@ def not_rounded_at_run_time(graph, conversion):
         (observer_left, "is an observer, which isn't needed any more"),
         (float_weight, "'conv' reads no integers as its argument 1"),
         (weight_of_another_shape, "'conv' has a weight of int8[4, 1, 1, 1], and had one of [4, 2, 1, 1]"),
-        (bias_of_another_shape, "reads float32[1], and its example is float32[4]"),
+        (bias_of_another_shape, "gives float32[4], where float32[1] is expected"),
         (quantize_of_another_dtype, "gives uint8[3, 2, 2, 2], where int8[3, 2, 2, 2] is expected"),
         (dequantize_of_another_shape, "gives float32[1], where float32[3, 2, 2, 2] is expected"),
-        (integers_without_example, "reads int8[4, 2, 1, 1], and its example is None"),
+        (integers_without_example, "gives what has no example, where int8[4, 2, 1, 1] is expected"),
         (other_operator, "'clamp' is call_function"),
         (operator_dropped, "'clamp' is gone, and others read it"),
         (example_changed, "'conv' gives float64[3, 4, 2, 2], where float32[3, 4, 2, 2] is expected"),

@@ -33,6 +33,8 @@ TOLERANCE = 1e-4
 _FLIPPED = 1e-3
 
 _DEQUANTIZE = (ops.dequantize_per_tensor, ops.dequantize_per_channel)
+#: What makes another dtype of its input.
+_QUANTIZE = (ops.quantize_per_tensor, ops.dynamic_quantize_dequantize, *_DEQUANTIZE)
 
 _Rewrite = Callable[[QGraphModule], bool]
 
@@ -102,8 +104,8 @@ def check_traced(graph: QGraphModule) -> None:
     after = "trace"
     _check_attributes(lint(graph, after), after)
     for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            _expect(node, node.meta.get("example"), after)
+        if node.op == "placeholder" and "example" not in node.meta:
+            raise GraphError(after, node.name, "is an input and has no example")
 
 
 def check_rewritten(graph: QGraphModule, before: Any, run: Callable[[], Any] | None = None) -> Any:
@@ -128,7 +130,7 @@ def check_rewritten(graph: QGraphModule, before: Any, run: Callable[[], Any] | N
         return found
     for node, example in claimed.items():
         if example is not None:
-            _expect(node, example, after)
+            _expect(node, example, example.dtype, after)
     (wanted, spec), (given, other) = map(pytree.tree_flatten, (before, results(graph)))
     if spec != other:
         raise GraphError(after, "output", "gives a result that is built otherwise")
@@ -200,7 +202,7 @@ def check_observed(graph: QGraphModule, plan: QuantizationPlan, observers: Mappi
     for node in nodes.values():
         if node.op == "call_module" and node.target in numbers:
             value = node.all_input_nodes[0]
-            _expect(node, value.meta.get("example"), after)
+            _expect(node, value.meta["example"], value.meta["example"].dtype, after)
             if not isinstance(submodule(graph, str(node.target)), ObserverBase):
                 raise GraphError(after, node.name, f"calls {node.target!r}, which is no observer")
             standing[value.name, numbers[str(node.target)]] = node
@@ -229,13 +231,12 @@ def check_reference(graph: QGraphModule, prepared: QGraphModule, record: Record)
         GraphError: it is something else, or isn't sound.
     """
     after = "convert"
-    attributes = lint(graph, after)
-    _check_attributes(attributes, after)
+    _check_attributes(lint(graph, after), after)
     nodes = {node.name: node for node in graph.graph.nodes}
     observers = set(record.observers.values())
     for before in prepared.graph.nodes:
         node = nodes.get(before.name)
-        if before.target in observers:
+        if before.op == "call_module" and before.target in observers:
             continue
         if node is None:
             readers = (r for user in before.users for r in (user.users if user.target in observers else (user,)))
@@ -244,22 +245,17 @@ def check_reference(graph: QGraphModule, prepared: QGraphModule, record: Record)
             continue
         if (node.op, node.target) != (before.op, before.target):
             raise GraphError(after, node.name, f"is {node.op} {node.target}, and was {before.op} {before.target}")
-        example = before.meta.get("example")
-        if node in attributes and isinstance(tensor := get_attribute(prepared, str(before.target)), Tensor):
-            example = Example.of(tensor)
-        if example is not None:
-            _expect(node, example, after)
+        like = get_attribute(prepared, str(before.target)) if node.op == "get_attr" else before.meta.get("example")
+        if isinstance(like, (Example, Tensor)):
+            _expect(node, like, like.dtype, after)
     for node in nodes.values():
-        value = _argument(node, 0)
-        example = None if value is None else value.meta.get("example")
-        if node.target in observers:
+        if node.op == "call_module" and node.target in observers:
             raise GraphError(after, node.name, "is an observer, which isn't needed any more")
-        if example is None:
-            continue
-        if node.target is ops.quantize_per_tensor:
-            _expect(node, Example(example.shape, node.args[5]), after)
-        elif node.target in (*_DEQUANTIZE, ops.dynamic_quantize_dequantize):
-            _expect(node, Example(example.shape, torch.float32), after)
+        if node.op == "call_function" and node.target in _QUANTIZE:
+            value = _argument(node, 0)
+            if value is not None and (example := value.meta.get("example")) is not None:
+                dtype: Any = node.args[5] if node.target is ops.quantize_per_tensor else torch.float32
+                _expect(node, example, dtype, after)
     _check_integers(nodes, prepared, record, after)
 
 
@@ -299,19 +295,19 @@ def _argument(node: fx.Node, number: int) -> fx.Node | None:
     return found if isinstance(found, fx.Node) else None
 
 
-def _expect(node: fx.Node, want: Any, after: str) -> None:
-    have = node.meta.get("example")
-    if have is None or (have is not want and have != want):
-        raise GraphError(after, node.name, f"gives {have or 'what has no example'}, where {want} is expected")
-
-
 def _check_attributes(attributes: Mapping[fx.Node, Any], after: str) -> None:
     """Every tensor of a graph's own is what its example says."""
     for node, value in attributes.items():
         if isinstance(value, Tensor):
-            example = node.meta.get("example")
-            if example is None or example.shape != value.shape or example.dtype is not value.dtype:
-                raise GraphError(after, node.name, f"reads {Example.of(value)}, and its example is {example}")
+            _expect(node, value, value.dtype, after)
+
+
+def _expect(node: fx.Node, like: Example | Tensor, dtype: torch.dtype, after: str) -> None:
+    """A node's example has the shape of another, or of a tensor, and a dtype."""
+    example = node.meta.get("example")
+    if example is None or example.dtype is not dtype or example.shape != like.shape:
+        wanted = Example(tuple(like.shape), dtype)
+        raise GraphError(after, node.name, f"gives {example or 'what has no example'}, where {wanted} is expected")
 
 
 def rewrite(
