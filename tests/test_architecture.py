@@ -215,6 +215,39 @@ def test_every_hook_is_documented():
             assert f"`{name}" in page
 
 
+def test_each_pass_is_followed_by_its_check(monkeypatch):
+    import torch
+
+    from qcore.fx import convert, prepare, verify
+
+    order = []
+
+    def record(owner, name):
+        function = getattr(owner, name)
+
+        def recorded(*args, **kwargs):
+            result = function(*args, **kwargs)
+            order.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    passes = (
+        (prepare, "check_traced"), (verify, "expand"), (verify, "apply_patterns"), (verify, "check_rewritten"),
+        (prepare, "make_plan"), (prepare, "check_planned"), (prepare, "observe"), (prepare, "check_observed"),
+        (convert._Conversion, "run"), (convert, "check_reference"),
+    )  # fmt: skip
+    for owner, name in passes:
+        record(owner, name)
+    x = torch.randn(2, 3)
+    mapping = qcore.get_default_qconfig_mapping("reference")
+    prepared = qcore.prepare_fx(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval(), mapping, (x,), backend="reference")
+    qcore.calibrate(prepared, [x])
+    qcore.convert_fx(prepared)
+    assert order == [name for _, name in passes]
+    assert {name for name in vars(verify) if name.startswith("check_")} <= set(order)
+
+
 def test_every_error_stands_in_the_drawn_tree():
     from qcore import errors
 
