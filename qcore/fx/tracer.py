@@ -349,7 +349,7 @@ class NormalFormTracer(ExampleTracer):
                 return args[0]  # type: ignore[no-any-return]
             is_turned = target in TURNING
             kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
-        elif kind == "call_function" and not kwargs:
+        elif kind == "call_function" and not kwargs and not is_module:
             args, kwargs = kept_apart(target, args)
         node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_written and not is_turned)
         if is_turned:
