@@ -1,0 +1,76 @@
+"""Qparams as lowering finds them: integers just as the reference's operators give them."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import qcore
+from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
+from qcore.fx.graph_module import get_attribute
+from qcore.lowering import QParams
+
+WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
+
+
+MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
+
+
+SYMMETRIC = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
+
+
+def prepare(model, x, mapping=MAPPING):
+    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="reference")
+    with torch.no_grad():
+        prepared(x)
+    return prepared
+
+
+def convert(model, x, mapping=MAPPING):
+    return qcore.convert_to_reference_fx(prepare(model, x, mapping))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    low=st.floats(-2, 0),
+    high=st.floats(0.1, 3),
+    activation=st.sampled_from([MinMaxObserver, SYMMETRIC, MinMaxObserver.with_args(quant_min=0, quant_max=127)]),
+)
+def test_to_absorb_a_clamp_is_to_clamp_and_then_quantize(seed, low, high, activation):
+    torch.manual_seed(seed)
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
+    mapping = QConfigMapping().set_global(QConfig(activation, WEIGHT))
+    reference = convert(nn.Sequential(conv, nn.Hardtanh(low, high)), x, mapping)
+    *_, clamp, _scale, _zero_point, quantize, _dequantize, _ = reference.graph.nodes
+    assert clamp.target is torch.clamp  # As a float: its integers depend on the scale.
+    scale, zero_point = (get_attribute(reference, node.target) for node in quantize.args[1:3])
+    ends = quantize.args[3:5]
+    assert ends == ((-128, 127) if activation is SYMMETRIC else (0, 255 if activation is MinMaxObserver else 127))
+    qparams = QParams(float(scale), int(zero_point), *ends, quantize.args[5])
+    least, most = qparams.clamped(low, high).bounds or ends
+    values = torch.cat([3 * torch.randn(200), torch.tensor([low, high, 0.0, float("inf"), -float("inf")])])
+    clamped = torch.clamp(values, low, high)
+    expected = torch.ops.qcore.quantize_per_tensor(clamped, *(scale, zero_point), *quantize.args[3:])
+    found = torch.ops.qcore.quantize_per_tensor(values, *(scale, zero_point), least, most, quantize.args[5])
+    assert torch.equal(found, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    bounds=st.lists(
+        st.tuples(st.none() | st.floats(-3, 3, width=32), st.none() | st.floats(-3, 3, width=32)), max_size=4
+    ),
+    zero_point=st.integers(0, 255),
+)
+def test_clamps_in_a_row_are_one(bounds, zero_point):
+    """Also those of which the upper bound is the smaller one, and those that have nothing in common."""
+    qparams = QParams(0.02, zero_point, 0, 255, torch.uint8)
+    values = clamped = torch.linspace(-8, 8, 999)
+    for low, high in bounds:
+        qparams = qparams.clamped(low, high)
+        clamped = clamped if low is None and high is None else torch.clamp(clamped, low, high)
+    low, high = qparams.bounds or (0, 255)
+    arguments = torch.tensor(0.02), torch.tensor(zero_point), 0, 255, torch.uint8
+    expected, plain = (torch.ops.qcore.quantize_per_tensor(x, *arguments) for x in (clamped, values))
+    assert torch.equal(plain.clamp(low, high), expected)
