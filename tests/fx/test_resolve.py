@@ -125,7 +125,7 @@ def test_a_type_that_the_model_lacks_is_named_with_those_that_it_has():
     assert message.startswith(
         "set_object_type(torch.nn.LSTM, ...), set_object_type(the method 'cumsum', ...): the model"
     )
-    for there in ("torch.nn.Linear", "torch.add", "operator.add", "the method 'relu'", "test_qconfig_mapping.Inner"):
+    for there in ("torch.nn.Linear", "torch.add", "operator.add", "the method 'relu'", "tests.rules.Inner"):
         assert there in message
     prepare(mapping, on_unsupported="ignore")  # The suite makes an error of any warning.
 
