@@ -9,25 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcore
-from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
-
-WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
-MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
-
-
-def prepare(model, x, mapping=MAPPING):
-    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="reference")
-    with torch.no_grad():
-        prepared(x)
-    return prepared
+from tests.converting import MAPPING, Functional, Nested, convert, prepare
 
 
 def prepare_only(model, x):
     return qcore.prepare_fx(model.eval(), MAPPING, (x,), backend="reference")
-
-
-def convert(model, x, mapping=MAPPING):
-    return qcore.convert_to_reference_fx(prepare(model, x, mapping))
 
 
 def fake_quantize(x, low, high):
@@ -64,25 +50,6 @@ def test_a_module_called_twice_keeps_both_outputs_accurate():
     model, x = Twice().eval(), torch.randn(32, 8)
     for expected, found in zip(model(x), convert(model, x)(x), strict=True):
         assert (expected - found).norm() < 0.02 * expected.norm()
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x):
-        return F.linear(x, self.weight) + self.weight.sum()
-
-
-class Nested(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = Functional()
-        self.conv = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.conv(self.inner(x)).relu()
 
 
 def test_a_functional_weight_that_is_read_as_float_too():

@@ -4,11 +4,7 @@ import torch
 from torch import nn
 
 import qcore
-
-
-def prepared_for(model, *inputs, custom=None):
-    mapping = qcore.get_default_qconfig_mapping("reference")
-    return qcore.prepare_fx(model.eval(), mapping, inputs, custom, backend="reference")
+from tests.models import prepared_for
 
 
 class Counts(nn.Module):
@@ -26,7 +22,7 @@ class Counts(nn.Module):
 def test_a_module_that_is_kept_whole_starts_as_it_was():
     custom = qcore.PrepareCustomConfig().set_non_traceable_module_classes([Counts])
     model = nn.Sequential(nn.Linear(4, 4), Counts())
-    prepared = prepared_for(model, torch.randn(2, 4), custom=custom)
+    prepared = prepared_for(model, (torch.randn(2, 4),), prepare_custom_config=custom)
     kept = prepared.get_submodule("1")
     assert (model[1].calls, kept.calls, float(model[1].n), float(kept.n)) == (0, 0, 0.0, 0.0)
     prepared(torch.randn(2, 4))

@@ -3,12 +3,7 @@
 import torch
 from torch import nn
 
-import qcore
-
-
-def prepared_for(model, *inputs, custom=None):
-    mapping = qcore.get_default_qconfig_mapping("reference")
-    return qcore.prepare_fx(model.eval(), mapping, inputs, custom, backend="reference")
+from tests.models import prepared_for
 
 
 @torch.no_grad()
@@ -24,7 +19,7 @@ def test_a_model_that_decides_by_its_own_state_is_run_from_the_same_state_each_t
             return y
 
     model, x = Starts(), torch.randn(2, 4)
-    prepared = prepared_for(model, x)
+    prepared = prepared_for(model, (x,))
     assert model.started is False
     assert torch.allclose(prepared(x), 2 * model.linear(x), atol=1e-6)
 
@@ -34,6 +29,6 @@ def test_an_embedding_that_writes_into_its_weight():
     model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 4))
     before = model[0].weight.clone()
     ids = torch.tensor([[0, 1]])
-    prepared = prepared_for(model, ids)
+    prepared = prepared_for(model, (ids,))
     assert torch.equal(model[0].weight, before) and torch.equal(prepared.get_parameter("0.weight"), before)
     assert torch.allclose(prepared(ids), model(ids), atol=1e-6)

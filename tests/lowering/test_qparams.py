@@ -5,29 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import qcore
-from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
+from qcore import MinMaxObserver, QConfig, QConfigMapping, QScheme
 from qcore.fx.graph_module import get_attribute
 from qcore.lowering import QParams
-
-WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
-
-
-MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
-
+from tests.converting import WEIGHT, convert
 
 SYMMETRIC = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
-
-
-def prepare(model, x, mapping=MAPPING):
-    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="reference")
-    with torch.no_grad():
-        prepared(x)
-    return prepared
-
-
-def convert(model, x, mapping=MAPPING):
-    return qcore.convert_to_reference_fx(prepare(model, x, mapping))
 
 
 @settings(max_examples=25, deadline=None)
