@@ -8,12 +8,15 @@ import qcore
 from qcore import (
     DTypeConfig,
     DTypeWithConstraints,
+    FixedQParamsObserver,
     MinMaxObserver,
     PerChannelMinMaxObserver,
     QConfig,
     QConfigMapping,
     QScheme,
 )
+from qcore.fx.constraints import bounds_within, constrained, gives_float, reads_float, violation
+from qcore.qconfig import observer_traits
 from tests.fx.planning import LINEARS, OPEN, U8, WEIGHT, conv, linear_config, prepare
 
 
@@ -82,3 +85,64 @@ def test_fixed_qparams_come_from_the_kernel():
     prepared = prepare(made)
     prepared(torch.randn(2, 4, 6, 6))
     assert [v.item() for v in prepared.activation_post_process_2.calculate_qparams()] == [1 / 256, 0]
+
+
+def constraints(**demands):
+    return DTypeWithConstraints(torch.uint8, **demands)
+
+
+@pytest.mark.parametrize(
+    ("observer", "demands", "found"),
+    [
+        (MinMaxObserver, {}, None),
+        (MinMaxObserver.with_args(dtype=torch.int8), {}, "input dtype int8, it takes uint8"),
+        (MinMaxObserver, {"qschemes": (QScheme.per_tensor_symmetric,)}, "per_tensor_affine, it takes per_tensor_s"),
+        (PerChannelMinMaxObserver.with_args(ch_axis=1), {"ch_axis": 0}, "input ch_axis 1, it takes 0"),
+        (MinMaxObserver, {"ch_axis": 0}, None),  # It has no channels.
+        (MinMaxObserver, {"quant_max_upper_bound": 127}, None),  # Nobody chose 255.
+        (MinMaxObserver.with_args(quant_min=0, quant_max=255), {"quant_max_upper_bound": 127}, "quant_max 255 > 127"),
+        (MinMaxObserver.with_args(quant_min=0, quant_max=255), {"quant_min_lower_bound": 1}, "quant_min 0 < 1"),
+        (MinMaxObserver.with_args(quant_min=0, quant_max=127), {"quant_max_upper_bound": 127}, None),
+        (MinMaxObserver.with_args(eps=2**-13), {"scale_min_lower_bound": 2**-12}, r"eps 0.0001220703125 < 0.000244"),
+        (MinMaxObserver, {"scale_min_lower_bound": 2**-12}, None),
+        (FixedQParamsObserver.with_args(scale=0.5, zero_point=0), {"scale_exact_match": 0.25}, "scale 0.5, it takes"),
+        (FixedQParamsObserver.with_args(scale=0.5, zero_point=1), {"zero_point_exact_match": 0}, "point 1, it takes"),
+        (FixedQParamsObserver.with_args(scale=0.5, zero_point=1), {"zero_point_exact_match": 1}, None),
+    ],
+)  # fmt: skip
+def test_a_violation_is_what_the_user_stated_and_the_kernel_does_not_take(observer, demands, found):
+    told = violation("input", observer_traits(observer), constraints(**demands), fixes_count=True)
+    assert told is None if found is None else told.startswith("input ") and found in told
+
+
+def test_exact_demands_are_compared_only_where_they_count():
+    traits = observer_traits(FixedQParamsObserver.with_args(scale=0.5, zero_point=1))
+    assert violation("input", traits, constraints(scale_exact_match=0.25), fixes_count=False) is None
+
+
+def test_qparams_lie_within_what_both_take():
+    traits = observer_traits(MinMaxObserver.with_args(quant_min=0, quant_max=200))
+    narrow = constraints(quant_min_lower_bound=1, quant_max_upper_bound=127)
+    assert bounds_within(traits, narrow) == (1, 127)
+    assert bounds_within(traits, constraints()) == (0, 200)
+    made = constrained(MinMaxObserver, traits, constraints(scale_min_lower_bound=2**-12, scale_max_upper_bound=4))
+    assert (made.quant_min, made.quant_max, made.eps, made.scale_max, made.fixed) == (0, 200, 2**-12, 4.0, None)
+
+
+def test_a_kernel_s_fixed_qparams_need_both_and_go_before_the_observer_s():
+    traits = observer_traits(FixedQParamsObserver.with_args(scale=0.5, zero_point=1))
+    assert constrained(MinMaxObserver, traits, constraints(scale_exact_match=0.25)).fixed == (0.5, 1)
+    both = constraints(scale_exact_match=0.25, zero_point_exact_match=0)
+    assert constrained(MinMaxObserver, traits, both).fixed == (0.25, 0)
+
+
+@pytest.mark.parametrize(
+    ("made", "reads", "gives"),
+    [
+        (DTypeConfig(torch.uint8, torch.uint8), False, False), (DTypeConfig(torch.uint8, torch.float32), False, True),
+        (DTypeConfig(torch.float32, torch.float32, torch.int8), True, True),
+        (DTypeConfig(torch.uint8, torch.float32, is_dynamic=True), True, True), (DTypeConfig(), False, False),
+    ],
+)  # fmt: skip
+def test_which_kernels_read_and_give_float(made, reads, gives):
+    assert (reads_float(made), gives_float(made)) == (reads, gives)
