@@ -57,8 +57,8 @@ def harmless(body, **modules):
     "body",
     [
         lambda m, x: m.linear(x).relu(), lambda m, x: F.gelu(m.linear(x)) + x,
-        lambda m, x: F.dropout(x, 0.5, m.training), lambda m, x: m.linear(x).add_(1), lambda m, x: torch.cat([x, x * math.pi]),
-        lambda m, x: m.linear(x) + m.linear.weight.sum(),
+        lambda m, x: F.dropout(x, 0.5, m.training), lambda m, x: m.linear(x).add_(1),
+        lambda m, x: torch.cat([x, x * math.pi]),        lambda m, x: m.linear(x) + m.linear.weight.sum(),
     ],
 )  # fmt: skip
 def test_what_only_computes_is_harmless(body):

@@ -11,6 +11,20 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import qcore
+from qcore.fx.graph_module import (
+    QGraphModule,
+    adopt,
+    delete_tensor,
+    get_attribute,
+    has_attribute,
+    is_persistent,
+    modules_of,
+    own_tensors,
+    set_tensor,
+    submodule,
+    tensors_of,
+)
+from qcore.fx.shapes import Example
 from tests.fx.around import Host, Part, prepared_for
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "copy": copy.copy}
@@ -168,3 +182,116 @@ def test_what_is_shared_stays_shared_and_right(stays_python, installed_backend):
     with torch.no_grad():
         assert torch.equal(other(x), prepared(x))
         assert torch.equal(qcore.convert_fx(other)(x), converted(x))
+
+
+class Hides(nn.Module):
+    """A class that has an attribute of the name of a parameter."""
+
+    weight = "of the class"
+
+    def __init__(self):
+        super().__init__()
+        self._parameters["weight"] = nn.Parameter(torch.ones(2))
+        self.inner = nn.Module()
+        self.inner.register_buffer("saved", torch.zeros(1))
+        self.inner.register_buffer("unsaved", torch.zeros(1), persistent=False)
+
+
+def test_what_stands_at_a_path_is_what_is_registered_there():
+    model = Hides()
+    assert get_attribute(model, "weight") is model._parameters["weight"]
+    assert get_attribute(model, "inner.saved") is model.inner.saved and submodule(model, "inner") is model.inner
+    assert submodule(model, "") is model
+    assert has_attribute(model, "inner.saved") and not has_attribute(model, "inner.gone")
+    assert not has_attribute(model, "gone.saved")
+    assert is_persistent(model, "inner.saved") and not is_persistent(model, "inner.unsaved")
+
+
+def test_a_tensor_that_is_set_takes_the_place_of_whatever_was_there():
+    model = Hides()
+    set_tensor(model, "inner.unsaved", torch.ones(1))
+    set_tensor(model, "inner.saved", nn.Parameter(torch.ones(1)))
+    set_tensor(model, "new.deep.buffer", torch.ones(3), persistent=False)
+    set_tensor(model, "weight", torch.ones(4))
+    assert list(model.state_dict()) == ["weight", "inner.saved", "inner.unsaved"]
+    assert isinstance(model.inner.saved, nn.Parameter) and model.new.deep.buffer.shape == (3,)
+    assert dict(model.named_buffers()).keys() == {"weight", "inner.unsaved", "new.deep.buffer"}
+    delete_tensor(model, "inner.saved")
+    delete_tensor(model, "weight")
+    assert list(model.state_dict()) == ["inner.unsaved"]
+
+
+def test_an_attribute_is_adopted_as_what_it_was():
+    source, module = Hides().inner, nn.Module()
+    source.plain, source.layer = [1], nn.Linear(2, 2)
+    for name in ("saved", "unsaved", "plain", "layer"):
+        adopt(module, source, name)
+    adopt(module, Hides(), "weight", lambda value: nn.Parameter(value.detach() * 2))
+    assert list(module.state_dict()) == ["weight", "saved", "layer.weight", "layer.bias"]
+    assert module.plain is source.plain and "plain" in vars(module) and module.unsaved is source.unsaved
+    assert torch.equal(module.weight, torch.full((2,), 2.0))
+
+
+def test_only_tensors_of_another_model_are_copied():
+    foreign = nn.Sequential(nn.Linear(2, 2))
+    module = nn.Module()
+    module.first, module.second = nn.Module(), nn.Module()
+    module.first.weight = module.second.weight = foreign[0].weight
+    module.second.own = own = nn.Parameter(torch.zeros(1))
+    made = {}
+    own_tensors(module, foreign, lambda t: made.setdefault(id(t), nn.Parameter(t.detach().clone())))
+    assert module.first.weight is module.second.weight is not foreign[0].weight
+    assert module.second.own is own and len(made) == 1
+
+
+def test_all_modules_once_and_all_tensors_with_plain_attributes():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    model.again, model.plain, model.number = model[0], torch.ones(1), 3
+    found = modules_of(model)
+    assert list(map(id, found)) != [] and set(found) == set(model.modules()) and len(found) == 4
+    assert [type(m) for m in modules_of(model, {id(model[1])})] == [nn.Sequential, nn.Linear]
+    tensors = tensors_of(model)
+    wanted = [*model.parameters(), *model.buffers(), model.plain]
+    assert sorted(map(id, tensors)) == sorted(map(id, wanted))
+
+
+def graph_of_overloads():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten.add.Tensor, (x, x), {"alpha": 2})
+    node = graph.call_function(torch._C._nn.gelu, (node,))
+    node = graph.create_node("call_function", torch.cat, ([node, x], 1), name="an_odd_name_9")
+    node.meta["example"] = Example((1, 4), torch.float32)
+    graph.output({"a": node, "rest": (x, [None, slice(1, 2)])})
+    return graph
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_nodes_keep_names_arguments_and_examples_and_any_function(copied):
+    module = QGraphModule.of(nn.Module(), graph_of_overloads())
+    module.meta["noted"] = "here"
+    made = copied(module)
+
+    def shown(m):
+        return [(n.name, n.op, n.target, str(n.args), str(n.kwargs), n.meta.get("example")) for n in m.graph.nodes]
+
+    assert shown(made) == shown(module) and made.meta == {"noted": "here"}
+    assert made.graph is not module.graph
+    x = torch.randn(1, 2)
+    assert torch.equal(made(x)["a"], module(x)["a"]) and made(x)["rest"][1] == [None, slice(1, 2)]
+
+
+def test_a_function_that_cannot_be_pickled_is_an_error_and_no_other_function():
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(lambda x: x, (graph.placeholder("x"),)))
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(QGraphModule.of(nn.Module(), graph))
+
+
+def test_code_of_a_raw_module_is_made_when_somebody_looks():
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.neg, (graph.placeholder("x"),)))
+    for look in (lambda m: m.code, str, lambda m: m.forward.__code__ and m(torch.ones(1)) and m.code):
+        raw = QGraphModule.of(nn.Module(), copy.deepcopy(graph), is_raw=True)
+        assert "torch.neg" in str(look(raw))
+        assert torch.equal(raw(torch.ones(1)), -torch.ones(1))
