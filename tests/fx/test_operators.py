@@ -1,12 +1,14 @@
 """The table of operators: one normal form for every way of writing one."""
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qcore.fx import operators as op
 from qcore.fx.inplace import given, write_back
 from qcore.fx.operators import FORMS, RNN_CELLS, operator_of
 from qcore.fx.tracer import trace
@@ -114,3 +116,64 @@ def test_a_call_without_a_normal_form_is_taken_for_none(name):
     last = next(n for n in reversed(traced.graph.nodes) if n.op in ("call_function", "call_method"))
     assert operator_of(last) is None
     assert torch.equal(traced(x), OTHERS[name](x))
+
+
+def nodes_of(function):
+    return {node.name: node for node in trace(as_module(function)).graph.nodes}
+
+
+def test_activations_are_what_is_read_as_such_in_order():
+    nodes = nodes_of(lambda x: torch.cat([x.exp(), F.linear(x.sin(), x.cos(), x.tan()), x.exp()], 1))
+    assert [n.name for n in op.activation_inputs(nodes["cat"])] == ["exp", "linear", "exp_1"]
+    assert [n.name for n in op.activation_inputs(nodes["linear"])] == ["sin"]  # Neither weight nor bias.
+    assert [n.name for n in op.activation_inputs(nodes["exp"])] == ["x"]
+    assert op.has_weights(nodes["linear"]) and not op.has_weights(nodes["cat"]) and not op.has_weights(nodes["exp"])
+
+
+def test_what_a_pattern_names_is_what_its_nodes_are():
+    nodes = nodes_of(lambda x: x.relu() + torch.exp(x).cumsum(0))
+    keys = [op.anchor_key(nodes[name], {}) for name in ("clamp", "exp", "cumsum", "add")]
+    assert keys == [op.CLAMP, torch.exp, "cumsum", op.ADD]
+    assert op.pattern_keys((nn.ReLU, torch.exp, "cumsum", torch.add)) == tuple(keys)
+    assert op.pattern_keys(F.relu6) == op.pattern_keys("clamp_") == op.pattern_keys(op.CLAMP) == (op.CLAMP,)
+    assert op.pattern_keys(nn.LSTM) == (nn.LSTM,)
+    graph = torch.fx.Graph()
+    leaf = graph.call_module("some.path", ())
+    assert op.anchor_key(leaf, {"some.path": nn.LSTM}) is nn.LSTM
+
+
+def test_a_node_with_keywords_is_none_of_the_table_s():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    assert operator_of(graph.call_function(torch.clamp, (x, 0.0, 1.0))) is op.CLAMP
+    assert operator_of(graph.call_function(torch.clamp, (x,), {"min": x})) is None
+    assert operator_of(graph.call_method("clamp", (x, 0.0, 1.0))) is None
+    assert op.kept_apart(torch.clamp, (x, x, x)) == ((x, x), {"max": x})
+    assert op.kept_apart(torch.exp, (x, x)) == ((x, x), {})
+
+
+def test_a_name_means_one_operator_and_a_like_one_is_not_listed():
+    for operator_ in (op.LINEAR, *op.MOVE_OPERATORS):
+        assert op.operator_named(operator_.name) is operator_ and op.is_listed(replace(operator_))
+        assert not op.is_listed(replace(operator_, weights=(7,)))
+    assert not op.is_listed(replace(op.LINEAR, name="liner"))
+    assert {o.kind for o in op.MOVE_OPERATORS} == {op.Kind.MOVE} and op.CLAMP not in op.MOVE_OPERATORS
+
+
+def test_modules_hand_on_attributes_that_they_have():
+    """A misspelt one would be ``None`` in silence."""
+    makers = {
+        kind: kind(1, 1, 1) if "Conv" in kind.__name__ else kind(2, (1, 2)) if kind is nn.Unflatten else None
+        for kind in op.MODULES
+    }
+    for kind, form in op.MODULES.items():
+        module = makers[kind]
+        for arguments in ((), (1,), (1, 1)):
+            if module is None:
+                try:
+                    module = kind(*arguments)
+                except (TypeError, ValueError):
+                    continue
+        assert module is not None, kind
+        for name in (*form.tensors, *form.attributes):
+            assert hasattr(module, name) or (kind, name) == (nn.AvgPool1d, "divisor_override"), (kind, name)
