@@ -10,6 +10,9 @@ from qcore import (
     BackendPatternConfig,
     ObservationType,
 )
+from qcore.fx.operators import CLAMP, INTERPOLATE, MOVE_OPERATORS
+from qcore.fx.sharing import sharing_patterns
+from qcore.fx.tracer import trace
 from tests.fx.planning import U8, config, conv, model, observed, prepare
 
 
@@ -50,3 +53,26 @@ def test_an_observation_type_that_shares():
     )  # fmt: skip
     plan = qcore.explain(prepare(model(lambda m, x: torch.sin(m.a(x)), a=conv()), config=made))
     assert plan.shared == {"sin": 1}
+
+
+def test_the_table_has_each_such_operator_once_with_the_given_dtypes():
+    patterns = sharing_patterns(U8)
+    assert [p.pattern for p in patterns] == [*MOVE_OPERATORS, CLAMP, INTERPOLATE]
+    assert len({p.pattern for p in patterns}) == len(patterns)
+    for pattern in patterns:
+        assert pattern.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+        assert pattern.dtype_configs == [U8] and (pattern.condition is None) == (pattern.pattern is not INTERPOLATE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "shares"),
+    [("nearest", True), ("bilinear", True), ("area", True), ("nearest-exact", True), ("bicubic", False)],
+)
+def test_what_interpolation_gives_lies_in_the_range_of_what_it_reads_unless_it_is_bicubic(mode, shares):
+    form = lambda m, x: F.interpolate(x, scale_factor=2.5, mode=mode)  # noqa: E731
+    (node,) = (n for n in trace(model(form)).graph.nodes if n.target is F.interpolate)
+    assert sharing_patterns(U8)[-1].condition.holds(node) is shares
+    x = torch.zeros(1, 1, 8, 8)
+    x[:, :, ::2] = 1.0
+    lies_within = bool((form(None, x) >= 0).all() and (form(None, x) <= 1).all())
+    assert lies_within or not shares
