@@ -1,6 +1,7 @@
 """What stands around the calls of what a verb returns: an error names the argument that it is about."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import qcore
 from qcore.errors import GuardError, NotSupportedError, QcoreError
+from qcore.fx.calls import as_written, threads_as_written
 
 STAGES = pytest.mark.parametrize("stage", ["prepared", "reference", "converted"])
 
@@ -86,3 +88,37 @@ def test_a_model_on_the_meta_device_has_no_data_until_it_is_loaded(installed_bac
     empty.load_state_dict(state, assign=True)
     for _ in range(3):
         assert torch.equal(empty(x), wanted)
+
+
+def test_models_run_as_written_in_the_thread_that_asks_and_until_the_outermost_ends() -> None:
+    mine = threading.get_ident()
+    seen: list[bool] = []
+    with pytest.raises(KeyError), as_written():
+        with as_written():
+            assert mine in threads_as_written
+        assert mine in threads_as_written
+        thread = threading.Thread(target=lambda: seen.append(threading.get_ident() in threads_as_written))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert seen == [False] and mine not in threads_as_written
+
+
+def test_a_forward_that_a_user_puts_in_its_place_is_called(installed_backend: str) -> None:
+    model, x = made("converted", installed_backend), torch.randn(6, 8)
+    model(x)
+    model.forward = lambda x: "the user's"  # type: ignore[method-assign, assignment]
+    assert model(x) == "the user's"
+    del model.forward
+    assert model(x).shape == (6, 4)
+
+
+@STAGES
+def test_hooks_of_the_user_s_run_at_every_call(installed_backend: str, stage: str) -> None:
+    model, x, seen = made(stage, installed_backend), torch.randn(6, 8), []
+    for _ in range(4):
+        model(x)
+    model.register_forward_hook(lambda module, args, output: seen.append(output.shape) or output * 0)
+    for _ in range(4):
+        assert not model(x).any()
+    assert seen == [(6, 4)] * 4

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcore
+from qcore.fx.twin import Copies, cloned, shared, twin_of, uncompiled, with_shared_parameters
 
 
 def prepared_for(model, *inputs, custom=None):
@@ -184,3 +185,82 @@ def test_tensors_that_are_no_parameters_and_no_buffers_are_copied_too():
     theirs = {tensor.data_ptr() for tensor in (model.plain, model.listed[0], *model.parameters())}
     mine = {tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())}
     assert len(mine) > 3 and not mine & theirs
+
+
+def test_what_the_twin_has_for_a_tensor_is_up_to_its_maker():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    for counterpart, parameter, buffer in (
+        (cloned, False, False),
+        (shared, True, True),
+        (with_shared_parameters, True, False),
+    ):
+        twin = twin_of(model, counterpart)
+        assert twin is not model and twin[0] is not model[0]
+        assert (twin[0].weight.data_ptr() == model[0].weight.data_ptr()) is parameter
+        assert (twin[0].running_mean.data_ptr() == model[0].running_mean.data_ptr()) is buffer
+        assert isinstance(twin[0].weight, nn.Parameter) and twin[0].weight is not model[0].weight
+        assert torch.equal(twin[0].running_var, model[0].running_var)
+
+
+def test_a_tensor_on_the_same_numbers_has_gradients_of_its_own():
+    parameter = nn.Parameter(torch.ones(2), requires_grad=False)
+    parameter.note = "kept"
+    alias = shared(parameter)
+    assert isinstance(alias, nn.Parameter) and not alias.requires_grad and alias.note == "kept"
+    leaf = torch.ones(2, requires_grad=True)
+    (shared(leaf) * 2).sum().backward()
+    assert leaf.grad is None and shared(leaf).requires_grad
+    computed = leaf * 2
+    assert not cloned(computed).requires_grad and torch.equal(cloned(computed), computed)
+
+
+def test_one_tensor_has_one_copy_and_what_was_written_into_it_is_undone():
+    copies, tensor = Copies(), torch.ones(2)
+    made = copies(tensor)
+    assert copies(tensor) is made is not tensor
+    made.add_(1)
+    copies.make_as_new()
+    assert torch.equal(made, torch.ones(2)) and copies(tensor) is made
+    copies.forget()
+    assert copies(tensor) is not made
+
+
+def test_functions_and_references_of_a_model_refer_to_its_twin():
+    model = nn.Sequential(nn.Linear(2, 2))
+    kept = {"outside": 1}
+
+    def patched(x, scale=2, *, shift=1):
+        return model[0](x) * scale + shift + kept["outside"]
+
+    model.patched, model.bound = patched, model[0].forward
+    model.partial = functools.partial(patched, scale=3)
+    model.owner, model.lock = weakref.ref(model[0]), threading.Lock()
+    model.plain = len
+    twin = twin_of(model)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+        twin[0].bias.zero_()
+    x = torch.ones(1, 2)
+    assert torch.equal(twin.patched(x), torch.full((1, 2), 2.0)) and torch.equal(twin.bound(x), torch.zeros(1, 2))
+    assert torch.equal(twin.partial(x), torch.full((1, 2), 2.0))
+    assert twin.owner() is twin[0] and twin.lock is model.lock and twin.plain is len
+    assert not torch.equal(model.patched(x), twin.patched(x)) and model.owner() is model[0]
+    kept["outside"] = 5  # What else a function knows is no part of the model.
+    assert torch.equal(twin.patched(x), torch.full((1, 2), 6.0))
+
+
+def test_containers_are_copied_and_what_is_in_two_of_them_is_one():
+    model = nn.Module()
+    inner = [1]
+    model.a, model.b, model.c = {"inner": inner}, (inner, {3}), [inner]
+    model.c.append(model.c)  # Which holds itself.
+    twin = twin_of(model)
+    assert twin.a["inner"] is twin.b[0] is twin.c[0] is not inner and twin.c[1] is twin.c
+    twin.a["inner"].append(2)
+    twin.b[1].add(4)
+    assert inner == [1] and model.b[1] == {3}
+
+
+def test_a_model_that_nothing_compiled_is_itself():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert uncompiled(model) is model
