@@ -246,11 +246,3 @@ def test_each_pass_is_followed_by_its_check(monkeypatch):
     qcore.convert_fx(prepared)
     assert order == [name for _, name in passes]
     assert {name for name in vars(verify) if name.startswith("check_")} <= set(order)
-
-
-def test_every_error_stands_in_the_drawn_tree():
-    from qcore import errors
-
-    for name, value in vars(errors).items():
-        if isinstance(value, type) and issubclass(value, (errors.QcoreError, errors.QcoreWarning)):
-            assert re.search(rf"\b{name}\b", errors.__doc__), name

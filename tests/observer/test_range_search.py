@@ -12,6 +12,7 @@ from qcore import (
     MinMaxObserver,
     QScheme,
 )
+from qcore.observer.range_search import Histogram, ranges_of_least_error
 from tests.observer.helpers import qparams, seen, squared_error
 
 DISTRIBUTIONS = {
@@ -85,3 +86,72 @@ def test_qparams_found_together_are_those_found_one_by_one(arguments):
     together = HistogramObserver.calculate_all(observers)
     assert [(scale.tolist(), zero_point.tolist()) for scale, zero_point in together] == alone
     assert [qparams(observer) for observer in observers] == alone
+
+
+def histogram(values, counts=None):
+    values = torch.as_tensor(values, dtype=torch.float64)
+    counts = torch.ones_like(values) if counts is None else torch.as_tensor(counts, dtype=torch.float64)
+    return Histogram(counts, values, min(values.min().item(), 0.0), max(values.max().item(), 0.0))
+
+
+def error(found, range_, integers, middle):
+    """The squared error of a range, computed in the plainest way."""
+    low, high = range_
+    least, most = integers
+    if middle is None:
+        scale = (high - low) / (most - least)
+        zero_point = min(max(round(least - low / scale), least), most)
+    else:
+        scale, zero_point = max(-low, high) / ((most - least) / 2), middle
+    steps = (found.values / scale).round().add(zero_point).clamp(least, most).sub(zero_point)
+    return float(((steps * scale - found.values).square() * found.counts).sum())
+
+
+SCHEMES = [((0, 255), None), ((0, 15), None), ((-128, 127), 0), ((-8, 7), 0), ((0, 15), 8)]
+
+
+@pytest.mark.parametrize(("integers", "middle"), SCHEMES)
+@pytest.mark.parametrize("shape", ["normal", "one-sided", "outlier"])
+def test_the_range_is_nearly_the_best_of_a_fine_grid(integers, middle, shape):
+    x = torch.linspace(-4, 4, 300, dtype=torch.float64)
+    made = {
+        "normal": histogram(x, torch.exp(-x * x / 2)),
+        "one-sided": histogram(x[x > 0], torch.exp(-x[x > 0])),
+        "outlier": histogram(torch.cat([x, torch.tensor([60.0])]), torch.cat([100 * torch.exp(-x * x), torch.ones(1)])),
+    }[shape]
+    ((low, high),) = ranges_of_least_error([made], integers, middle)
+    assert made.low <= low <= 0 <= high <= made.high
+    cuts = torch.linspace(0.01, 1, 60).tolist()
+    ends = [(a * made.low, b * made.high) for a in cuts for b in (cuts if middle is None and made.low else [a])]
+    best = min(error(made, range_, integers, middle) for range_ in ends)
+    # A cut that saves less than a fiftieth isn't taken.
+    assert error(made, (low, high), integers, middle) <= best / (1 - 0.025)
+    assert error(made, (low, high), integers, middle) <= error(made, (made.low, made.high), integers, middle)
+
+
+def test_a_range_does_not_depend_on_what_is_searched_beside_it():
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        histogram(torch.randn(n, generator=generator).double() * 10.0**e, torch.rand(n, generator=generator))
+        for n, e in ((3, 0), (64, -20), (65, 20), (700, 0), (2048, 3), (2048, -3))
+    ]
+    for integers, middle in SCHEMES:
+        alone = [ranges_of_least_error([one], integers, middle)[0] for one in made]
+        assert ranges_of_least_error(made, integers, middle) == alone
+        assert ranges_of_least_error(made[::-1], integers, middle) == alone[::-1]
+
+
+def test_another_unit_is_another_unit_and_nothing_else():
+    x = torch.randn(500, generator=torch.Generator().manual_seed(1)).double()
+    ((low, high),) = ranges_of_least_error([histogram(x)], (0, 15), None)
+    for power in (-100, -3, 7, 90):
+        assert ranges_of_least_error([histogram(x * 2.0**power)], (0, 15), None) == [
+            (low * 2.0**power, high * 2.0**power)
+        ]
+
+
+@pytest.mark.parametrize("values", [[0.0], [-1.0, 5.0], [3.0], [0.0, 1e-3]])
+def test_one_or_two_values_keep_their_range(values):
+    made = histogram(values, [1.0] * len(values))
+    assert ranges_of_least_error([made], (0, 255), None) == [(made.low, made.high)]
+    assert ranges_of_least_error([], (0, 255), None) == []
