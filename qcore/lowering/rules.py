@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.errors import LoweringError
+from qcore.fx.constraints import gives_float, reads_float
 from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
-from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, operator_of, pattern_keys
+from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, is_clamp, operator_of, pattern_keys
 from qcore.fx.patterns import pattern_problems
 from qcore.fx.record import Record, record_of
 from qcore.lowering.assemble import assembled
@@ -49,7 +50,8 @@ class QuantizedCall:
             result over them.
         keeps_qparams: whether the plan gives the result the qparams of all inputs. (Others may be equal by chance,
             which says nothing of the next state that is loaded.)
-        dynamic: if the kernel is called with a float and finds its qparams itself: the range of the integers.
+        dynamic: if the kernel is called with floats, and finds the qparams of what the first operator reads itself: the
+            range of the integers.
         computed: arguments of the chain that the graph computes, such as sizes; the kernel gets them after the inputs.
         module: what the first node calls, if that is a module of a class that the pattern names.
     """
@@ -64,6 +66,14 @@ class QuantizedCall:
     dynamic: tuple[int, int] | None = None
     computed: tuple[fx.Node, ...] = ()
     module: nn.Module | None = None
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """The nodes among the arguments of the chain whose values the kernel is called with first, in order.
+
+        A node comes as often as it is read.
+        """
+        return tuple(s for node in self.nodes for s in activation_inputs(node) if s not in self.nodes)
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -159,7 +169,11 @@ class _Table:
         for rule in rules:
             self._rules.setdefault((rule.is_dynamic, *pattern_keys(rule.pattern)), []).append(rule)
 
-    def build(self, call: QuantizedCall, keys: Sequence[object]) -> "nn.Module | Declined":
+    def has_rules(self, is_dynamic: bool, keys: tuple[object, ...]) -> bool:
+        """Whether any is for just these operators."""
+        return (is_dynamic, *keys) in self._rules
+
+    def build(self, call: QuantizedCall, keys: tuple[object, ...]) -> "nn.Module | Declined":
         """The kernel for a call of these operators."""
         declined = Declined("")
         for rule in self._rules.get((call.dynamic is not None, *keys), ()):
@@ -214,18 +228,26 @@ class _Lowering:
         return self.moved.get(value)
 
     def lower(self, decision: Decision) -> None:
-        """Let a kernel stand for what a decision computes, and for the quantize after it if there is any."""
+        """Let a kernel stand for what a decision computes, and for the quantize after it if the plan has one there."""
+        config, result = decision.dtype_config, self.nodes[decision.node]
+        assert config is not None
         chain = [self.nodes[name] for name in decision.nodes if name not in self.record.plan.absorbed]
-        result = self.nodes[decision.node]
-        quantize = next((user for user in result.users if user.target is ops.quantize_per_tensor), None)
+        quantize = None
+        if chain[0].name in self.record.plan.dynamic:
+            while len(chain) > 1 and is_clamp(chain[-1]) and not self.table.has_rules(True, self.keys(chain)):
+                chain.pop()  # Nothing quantizes what follows, so the clamp is left as it is.
+        elif reads_float(config):
+            return  # Only its weight is quantized.
+        elif not gives_float(config):
+            quantize = next((user for user in result.users if user.target is ops.quantize_per_tensor), None)
         found = self.call(chain, quantize)
         if found is None:
-            return  # It reads floats: only its weight is quantized.
+            return
         call, sources = found
-        built = self.table.build(call, [anchor_key(node, self.module_types) for node in chain])
+        built = self.table.build(call, self.keys(chain))
         if not isinstance(built, Declined):
             self.kernels[decision.node] = getattr(built, "kernel_name", type(built).__name__)
-            replaced = result if quantize is None else quantize
+            replaced = chain[-1] if quantize is None else quantize
             with self.graph.inserting_before(replaced):
                 kernel = self.add_module(chain[0].name, built, (*sources, *call.computed))
             replaced.replace_all_uses_with(kernel)
@@ -235,6 +257,10 @@ class _Lowering:
             how = "rounded at run time, computed in float" if call.dynamic else "float between dequantize and quantize"
             self.declined[decision.node] = f"no kernel{f' ({built.reason})' if built.reason else ''}: {how}"
 
+    def keys(self, chain: Sequence[fx.Node]) -> tuple[object, ...]:
+        """The operators of a chain, as the table has them."""
+        return tuple(anchor_key(node, self.module_types) for node in chain)
+
     def call(self, chain: Sequence[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]] | None:
         """What a chain computes on integers, and the nodes that the kernel is called with; ``None`` on floats."""
         anchor = chain[0]
@@ -243,9 +269,10 @@ class _Lowering:
         own.update(sources, chain)
         computed = tuple(dict.fromkeys(s for node in chain for s in node.all_input_nodes if s not in own))
         if anchor.name in self.record.plan.dynamic:
-            value, *bounds = sources[0].args
-            call = QuantizedCall(tuple(chain), (), weights, biases, dynamic=tuple(bounds), computed=computed)  # type: ignore[arg-type]
-            return call, [_node(value)]
+            bounds = self.record.plan.dynamic[anchor.name]
+            call = QuantizedCall(tuple(chain), (), weights, biases, dynamic=bounds, computed=computed)
+            rounded = ops.dynamic_quantize_dequantize
+            return call, [_node(source.args[0]) if source.target is rounded else source for source in sources]
         found = [integers for source in sources if (integers := self.integers(source)) is not None]
         if len(found) < len(sources):
             return None
