@@ -1,7 +1,8 @@
 """What preparing a network costs, against its symbolic trace by fx and one run of it on the example input.
 
 Preparing runs the network twice (its own result, and the replay of the traced graph that proves it), traces it, folds
-its batch norms, plans and inserts observers. Everything is timed in turn in one process, and the medians are compared::
+its batch norms, plans and inserts observers; after each pass its result is checked (``qcore/fx/verify.py``), and what
+that costs is measured by leaving it out. Everything is timed in turn in one process, and the medians are compared::
 
     python benchmarks/prepare_cost.py
 """
@@ -11,8 +12,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -21,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qcore
 from benchmarks._common import machine_line, markdown_table, write
 from examples.zoo import NETWORKS
+from qcore.fx import prepare, verify
 
 #: Times the trace and the run together.
 BOUND = 2.5
+#: With the checks, times without them.
+CHECKS_BOUND = 1.1
 
 
 def _milliseconds(function: Callable[[], Any]) -> float:
@@ -32,24 +38,37 @@ def _milliseconds(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def measure(network: str, backend: str, rounds: int) -> tuple[float, float, float]:
-    """Median milliseconds of the symbolic trace, of one run and of ``prepare_fx``."""
+def _without_checks(function: Callable[[], Any]) -> None:
+    """Call a function while the passes of prepare have no checks after them."""
+    with ExitStack() as stack:
+        for name in ("check_traced", "check_planned", "check_observed"):
+            stack.enter_context(mock.patch.object(prepare, name, lambda *_: None))
+        stack.enter_context(mock.patch.object(verify, "check_rewritten", lambda _graph, _before, run: run and run()))
+        function()
+
+
+def measure(network: str, backend: str, rounds: int) -> list[float]:
+    """Median milliseconds of the symbolic trace, of one run, and of ``prepare_fx`` with its checks and without."""
     entry = NETWORKS[network]
     model = entry.build().eval()
     x = torch.randn(1, 3, entry.input_size, entry.input_size)
     mapping = qcore.get_default_qconfig_mapping(backend)
+
+    def prepared() -> Any:
+        return qcore.prepare_fx(model, mapping, (x,))
+
     steps: tuple[Callable[[], Any], ...] = (
         lambda: torch.fx.symbolic_trace(model),
         lambda: model(x),
-        lambda: qcore.prepare_fx(model, mapping, (x,)),
+        prepared,
+        lambda: _without_checks(prepared),
     )
     taken: list[list[float]] = [[] for _ in steps]
     with torch.no_grad():
         for _ in range(rounds + 1):
             for times, step in zip(taken, steps, strict=True):
                 times.append(_milliseconds(step))
-    trace, run, prepare = (statistics.median(times[1:]) for times in taken)
-    return trace, run, prepare
+    return [statistics.median(times[1:]) for times in taken]
 
 
 def main() -> int:
@@ -64,11 +83,11 @@ def main() -> int:
     rows = []
     for network in options.networks:
         print(f"measuring {network} ...", file=sys.stderr)
-        trace, run, prepare = measure(network, options.backend, options.rounds)
-        ratio = prepare / (trace + run)
-        judged = f"{ratio:.2f} ({'meets' if ratio <= BOUND else 'misses'} {BOUND:g})"
-        rows.append([network, f"{trace:.0f}", f"{run:.0f}", f"{prepare:.0f}", judged])
-    header = ["network", "fx trace ms", "run ms", "prepare ms", "prepare / (trace + run)"]
+        trace, run, checked, unchecked = measure(network, options.backend, options.rounds)
+        ratios = ((checked / (trace + run), BOUND), (checked / unchecked, CHECKS_BOUND))
+        judged = [f"{ratio:.2f} ({'meets' if ratio <= bound else 'misses'} {bound:g})" for ratio, bound in ratios]
+        rows.append([network, f"{trace:.0f}", f"{run:.0f}", f"{checked:.0f}", *judged])
+    header = ["network", "fx trace ms", "run ms", "prepare ms", "prepare / (trace + run)", "prepare / without checks"]
     write(f"{markdown_table(header, rows)}\n\n{options.rounds} rounds, medians; {machine_line()}", options.output)
     return 0
 

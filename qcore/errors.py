@@ -13,6 +13,7 @@
     │   ├── ShapeError (RuntimeError)     an input of another rank or width than a kernel takes
     │   └── DtypeError (TypeError)        a tensor of another dtype than a quantize takes
     ├── CalibrationError                  an observer that saw no data
+    ├── GraphError                        a pass left a graph that isn't sound: a fault of qcore's or of a plugin's
     └── BackendError
         ├── BackendNotFoundError          no installed plugin has that name
         ├── PluginError                   a plugin is installed and can't be loaded, or a hook of it fails
@@ -160,6 +161,28 @@ class CalibrationError(QcoreError):
     def __init__(self, message: str, observers: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.observers = tuple(observers)
+
+
+class GraphError(QcoreError):
+    """A pass left a graph that isn't sound, or that isn't what the plan says. The user can't mend that.
+
+    Attributes:
+        after: the pass.
+        node: the node at which it was found.
+        problem: what was found there, and what was expected.
+    """
+
+    def __init__(self, after: str, node: str, problem: str) -> None:
+        super().__init__(
+            f"after {after}, node {node!r} {problem}. This is a fault of qcore, or of the backend's plugin, and not of "
+            "the model; please report it"
+        )
+        self.after = after
+        self.node = node
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.after, self.node, self.problem)
 
 
 class BackendError(QcoreError):

@@ -46,6 +46,7 @@ from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import trace
 from qcore.fx.twin import shared, twin_of, uncompiled
+from qcore.fx.verify import lint
 from qcore.migration import explain_missing
 from qcore.plugins.backend import Backend
 from qcore.plugins.manager import REFERENCE, best_backend, canonical_backend_name, get_available_backend
@@ -260,6 +261,7 @@ def fuse_fx(
         chosen = get_available_backend(backend)
         with chosen.answers_for("qcore_fusion_patterns"):
             fused = fuse(traced, chosen.fusion_patterns())
+    lint(fused, "fuse")
     fused.train(model.training)
     fused.finish()
     return fused

@@ -13,10 +13,17 @@ import qcore
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "qcore").rglob("*.py"))
-#: What plugins on torch's native operators share.
-LIBRARY = ROOT / "plugins" / "torch_kernels" / "qcore_torch_kernels"
-PLUGIN_PACKAGES = sorted(path for path in ROOT.glob("plugins/*/qcore_*") if path.is_dir() and path != LIBRARY)
+PACKAGES = sorted(path for path in ROOT.glob("plugins/*/qcore_*") if path.is_dir())
+#: What plugins share is a library: it registers no backend.
+LIBRARY_PACKAGE = ROOT / "plugins" / "torch_kernels" / "qcore_torch_kernels"
+LIBRARY = sorted(LIBRARY_PACKAGE.rglob("*.py"))
+PLUGIN_PACKAGES = [package for package in PACKAGES if package != LIBRARY_PACKAGE]
 PLUGINS = sorted(path for package in PLUGIN_PACKAGES for path in package.rglob("*.py"))
+#: The only files that may name torch's quantized dtypes, the functions that make such tensors, or its native kernels.
+NATIVE = {
+    *(package / "kernels.py" for package in PLUGIN_PACKAGES),
+    *(LIBRARY_PACKAGE / name for name in ("shells.py", "engines.py", "elementwise.py", "weighted.py", "testing.py")),
+}
 
 
 def imports(path):
@@ -51,16 +58,14 @@ def test_the_core_imports_no_plugin(path):
     assert not [name for name in imports(path) if name.startswith("qcore_")]
 
 
-@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
+@pytest.mark.parametrize("path", [*CORE, *LIBRARY, *PLUGINS], ids=relative)
 def test_nothing_imports_torch_ao(path):
     banned = re.compile(r"torch\.(ao|quantization)(\.|$)")
     assert not [name for name in (*imports(path), *attribute_chains(path)) if banned.match(name)]
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in (*CORE, *PLUGINS) if path.name != "kernels.py" or path in CORE], ids=relative
-)
-def test_quantized_dtypes_and_kernels_stay_in_kernels_py(path):
+@pytest.mark.parametrize("path", [path for path in (*CORE, *LIBRARY, *PLUGINS) if path not in NATIVE], ids=relative)
+def test_quantized_dtypes_and_kernels_stay_where_they_belong(path):
     banned = re.compile(
         r"torch\.(q(u)?int\d+\w*|quantize_per_\w+|_make_per_\w+|_empty_affine_quantized|ops\.(quantized|onednn)|"
         r"backends\.quantized\.engine)(\.|$)"
@@ -84,10 +89,19 @@ def test_a_plugin_has_the_rooms_of_the_house():
         assert wanted <= rooms, package
 
 
+def test_the_library_is_no_plugin_and_knows_none():
+    rooms = {path.name for path in LIBRARY_PACKAGE.iterdir()}
+    assert "plugin.py" not in rooms and "py.typed" in rooms
+    assert "entry-points" not in (LIBRARY_PACKAGE.parent / "pyproject.toml").read_text()
+    plugins = tuple(package.name for package in PLUGIN_PACKAGES)
+    for path in LIBRARY:
+        assert not [name for name in imports(path) if name.startswith(plugins)], relative(path)
+
+
 def test_plugins_use_only_what_a_third_party_can():
-    """No private module and no private name of the core."""
-    for path in PLUGINS:
-        private = [name for name in imports(path) if name.startswith("qcore.") and re.search(r"\._", name)]
+    """No private module and no private name of the core or the library."""
+    for path in (*LIBRARY, *PLUGINS):
+        private = [name for name in imports(path) if name.startswith("qcore") and re.search(r"\._", name)]
         assert not private, relative(path)
 
 
@@ -108,12 +122,17 @@ def code_lines(path):
 
 
 def test_modules_are_small():
-    assert {relative(path): n for path in (*CORE, *PLUGINS) if (n := code_lines(path)) > 400} == {}
+    assert {relative(path): n for path in (*CORE, *LIBRARY, *PLUGINS) if (n := code_lines(path)) > 400} == {}
 
 
 def test_the_core_keeps_its_budget():
     """All that a user's program may run; the suite for vendors comes beside it."""
     assert sum(code_lines(path) for path in CORE if "testing" not in path.parts) < 9700
+
+
+def test_the_plugins_keep_theirs():
+    assert sum(map(code_lines, PLUGINS)) < 1140
+    assert sum(code_lines(path) for path in LIBRARY if path.name != "testing.py") < 1550
 
 
 def layer(path):
@@ -194,6 +213,39 @@ def test_every_hook_is_documented():
     for name in vars(hookspecs):
         if name.startswith("qcore_"):
             assert f"`{name}" in page
+
+
+def test_each_pass_is_followed_by_its_check(monkeypatch):
+    import torch
+
+    from qcore.fx import convert, prepare, verify
+
+    order = []
+
+    def record(owner, name):
+        function = getattr(owner, name)
+
+        def recorded(*args, **kwargs):
+            result = function(*args, **kwargs)
+            order.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    passes = (
+        (prepare, "check_traced"), (verify, "expand"), (verify, "apply_patterns"), (verify, "check_rewritten"),
+        (prepare, "make_plan"), (prepare, "check_planned"), (prepare, "observe"), (prepare, "check_observed"),
+        (convert._Conversion, "run"), (convert, "check_reference"),
+    )  # fmt: skip
+    for owner, name in passes:
+        record(owner, name)
+    x = torch.randn(2, 3)
+    mapping = qcore.get_default_qconfig_mapping("reference")
+    prepared = qcore.prepare_fx(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval(), mapping, (x,), backend="reference")
+    qcore.calibrate(prepared, [x])
+    qcore.convert_fx(prepared)
+    assert order == [name for _, name in passes]
+    assert {name for name in vars(verify) if name.startswith("check_")} <= set(order)
 
 
 def test_every_error_stands_in_the_drawn_tree():

@@ -31,7 +31,7 @@ def mapping(backend):
 
 #: What qcore calls something of its own, now or ever, or what the code of a graph reads.
 OF_QCORE = [
-    "self", "Self", "SELF", "__self__", "args", "kwargs", "input", "torch", "_call_signature", "_result_form",
+    "self", "Self", "SELF", "__self__", "args", "kwargs", "input", "torch", "_call_signature", "_result_structure",
     "_executor", "weight", "bias", "weight_scale", "weight_zero_point", "weight_qparams", "weight_int",
     "weight_int1", "activation_post_process_0", "activation_post_process_0_scale", "activation_post_process_1",
     "_tensor_constant0", "_tensor_constant1", "linear", "add", "x", "y", "quantize_per_tensor",

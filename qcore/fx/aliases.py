@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from qcore.fx.example_tracer import NUMBER_MODULES, ExampleTracer
-from qcore.fx.inplace import LASTING, MAKING, check_apart, given, with_view, write_back
+from qcore.fx.inplace import LASTING, MAKING, check_apart, given, name_of, with_view, write_back
 from qcore.fx.operators import CAT, FLATTEN, GETITEM, MAX_POOL, PAD, RESHAPE, STACK, Kind, operator_of
 from qcore.fx.values import UndecidableError
 
@@ -273,8 +273,12 @@ class Aliases:
                 shares = is_same and self._tracer.shares(made, read)
                 root = other.origin
                 if shares and (root.op == "placeholder" or self._external(root)):
-                    raise UndecidableError(f"it writes into {root.target} through {_named(made)}, which may copy")
-                other.lost = f"{_named(made)} may give a view of its input: one of them is written, and the other read"
+                    raise UndecidableError(
+                        f"it writes into {root.target} through {name_of(made.target)}, which may copy"
+                    )
+                other.lost = (
+                    f"{name_of(made.target)} may give a view of its input: one of them is written, and the other read"
+                )
                 other.writes += 1
                 pending.append((other, shares))
 
@@ -321,7 +325,3 @@ def _as_method(call: fx.Node) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         return "__getattribute__", (call.args[1],), {}
     name = "__getitem__" if operator_of(call) is GETITEM else _name(call)
     return name, tuple(call.args[1:]), dict(call.kwargs)
-
-
-def _named(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

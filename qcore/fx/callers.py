@@ -107,19 +107,19 @@ def _transformed(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """The result under ``torch.func``: of each row for vmap, without derivatives."""
     leaves, structure = tree_flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    form: Any = None
+    built: Any = None
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        nonlocal form
+        nonlocal built
         given = list(leaves)
         for place, tensor in zip(places, tensors, strict=True):
             given[place] = tensor
         given_args, given_kwargs = tree_unflatten(given, structure)
-        results, form = tree_flatten(run(*given_args, **given_kwargs))
+        results, built = tree_flatten(run(*given_args, **given_kwargs))
         return tuple(results)
 
     results = _OnPlainTensors.apply(flat, *[leaves[place] for place in places])  # type: ignore[no-untyped-call]
-    return tree_unflatten(results, form)
+    return tree_unflatten(results, built)
 
 
 def _no_gradient() -> NotSupportedError:

@@ -30,6 +30,8 @@ from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.observe import observer_nodes
 from qcore.fx.operators import activation_inputs
 from qcore.fx.record import Record
+from qcore.fx.shapes import Example
+from qcore.fx.verify import check_reference
 from qcore.fx.weights import FloatWeight, IntegerWeight, quantize_weights
 from qcore.observer import ObserverBase, StandIns
 from qcore.quantization_plan import QParamsSpec
@@ -52,10 +54,13 @@ def convert_to_reference(
     Raises:
         CalibrationError: some observers saw no data; names them.
         ConfigError: a weight holds NaN or infinity, or a scale is larger than a kernel takes.
+        GraphError: the result isn't what the plan says.
     """
     observers = {number: _observer(prepared, name) for number, name in record.observers.items()}
     _check_calibration(observers, record)
-    return _Conversion(prepared, record, observers, stand_ins, memo).run()
+    reference = _Conversion(prepared, record, observers, stand_ins, memo).run()
+    check_reference(reference, prepared, record)
+    return reference
 
 
 def _observer(prepared: QGraphModule, name: str) -> ObserverBase:
@@ -141,7 +146,7 @@ class _Conversion:
             reader = self.nodes[name]
             for value in dict.fromkeys(activation_inputs(reader)):
                 with self.graph.inserting_before(reader):
-                    rounded = new_node(self.graph, "call_function", ops.dynamic_quantize_dequantize, (value, *bounds))
+                    rounded = self.call(ops.dynamic_quantize_dequantize, value, *bounds, dtype=torch.float32)
                 reader.replace_input_with(value, rounded)
         for node, number in observer_nodes(self.prepared, self.record.observers):
             self.replace_observer(self.nodes[node.name], number)
@@ -201,20 +206,22 @@ class _Conversion:
         with self.graph.inserting_before(before):
             return new_node(self.graph, "get_attr", targets[0]), new_node(self.graph, "get_attr", targets[1])
 
+    def call(self, function: Any, value: fx.Node, *arguments: Any, dtype: torch.dtype) -> fx.Node:
+        """A node, where the graph inserts, that makes another dtype of a value; a node of the user's has no example."""
+        node = new_node(self.graph, "call_function", function, (value, *arguments))
+        if (example := value.meta.get("example")) is not None:
+            node.meta["example"] = Example(example.shape, dtype)
+        return node
+
     def replace_observer(self, node: fx.Node, number: int) -> None:
         """Put quantize and dequantize in the place of ``node``, which hands its input through."""
         value = node.all_input_nodes[0]
         scale, zero_point = self.qparams_of(number, node)
         spec = self.plan.qparams[number]
-        bounds = (spec.quant_min, spec.quant_max)
+        form = (spec.quant_min, spec.quant_max, spec.traits.dtype)
         with self.graph.inserting_before(node):
-            quantized = new_node(
-                self.graph,
-                "call_function",
-                ops.quantize_per_tensor,
-                (value, scale, zero_point, *bounds, spec.traits.dtype),
-            )
-            result = new_node(self.graph, "call_function", ops.dequantize_per_tensor, (quantized, scale, zero_point))
+            quantized = self.call(ops.quantize_per_tensor, value, scale, zero_point, *form, dtype=spec.traits.dtype)
+            result = self.call(ops.dequantize_per_tensor, quantized, scale, zero_point, dtype=torch.float32)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
 
@@ -252,7 +259,8 @@ class _Conversion:
         dequantize = ops.dequantize_per_tensor if weight.axis is None else ops.dequantize_per_channel
         with self.graph.inserting_before(source):
             values = new_node(self.graph, "get_attr", target)
-            return new_node(self.graph, "call_function", dequantize, (values, *qparams, *axis))
+            values.meta["example"] = Example.of(weight.values)
+            return self.call(dequantize, values, *qparams, *axis, dtype=torch.float32)
 
     def float_targets(self) -> set[str]:
         """The tensors that somebody goes on reading as they are, beside or instead of an operator on integers."""
@@ -274,8 +282,12 @@ class _Conversion:
             place_for(self.root, owner)._modules[name] = module
 
     def take_attributes(self) -> None:
-        """Copy what the graph still reads from the prepared model."""
+        """Copy what the graph still reads from the prepared model; its user may have given it other tensors."""
         for node in self.graph.nodes:
-            if node.op == "get_attr" and not has_attribute(self.root, str(node.target)):
+            if node.op != "get_attr":
+                continue
+            if not has_attribute(self.root, str(node.target)):
                 value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), self.memo)
                 set_tensor(self.root, str(node.target), value, is_persistent(self.prepared, str(node.target)))
+            if isinstance(tensor := get_attribute(self.root, str(node.target)), Tensor):
+                node.meta["example"] = Example.of(tensor)

@@ -4,29 +4,23 @@ import builtins
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from qcore.fx.graph_module import computed, submodule
-from qcore.fx.guard import aside
+from qcore.fx.guard import RealCalls, aside, memory_of
 from qcore.fx.operators import ADD, CHUNK, GETITEM, MUL, SPLIT, Kind, operator_of
-from qcore.fx.patches import unpatched
-from qcore.fx.real_calls import RealCalls
 from qcore.fx.signature import check_size
 from qcore.fx.thread_tracer import ThreadTracer
-from qcore.fx.values import UndecidableError, Value, values_in
+from qcore.fx.values import UndecidableError, Value, is_value
 
-#: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn",
-    "randperm", "tensor", "zeros",
-)  # fmt: skip
-_RANDOM_FACTORIES = ("rand", "randint", "randn", "randperm")
-_VARIADIC_FACTORIES = ("empty", "ones", "rand", "randn", "zeros")
+if TYPE_CHECKING:
+    from qcore.fx.aliases import Aliases
+
 SIZE_METHODS = ("size", "dim", "numel", "nelement", "stride", "element_size")
 #: Python's own arithmetic.
 NUMBER_MODULES = (operator.__name__, math.__name__, builtins.__name__, "_operator")
@@ -37,34 +31,39 @@ class ExampleTracer(ThreadTracer):
 
     Args:
         examples: the tensors of the example call; ``None`` if there is none, and then nothing is known.
+
+    Attributes:
+        aliases: which values lie in the same memory; a subclass that adds nodes makes it.
     """
+
+    aliases: "Aliases"
 
     def __init__(self, examples: Sequence[torch.Tensor] | None) -> None:
         super().__init__()
-        self.is_evaluating = False
         self.constants: dict[str, torch.Tensor] = {}
         self.real_calls = RealCalls()
-        self._examples = examples
+        self.has_examples = examples is not None
+        self._examples = examples or ()
         self._order: list[fx.Node] = []
         self._evaluated = 0
         self._tensors: set[fx.Node] = set()
         self._known: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, frozenset[fx.Node]] = {}
-        self._unread: defaultdict[fx.Node, int] = defaultdict(int)
         self._released: list[fx.Node] = []
         self._values: defaultdict[fx.Node, int] = defaultdict(int)
-        self._holders: defaultdict[fx.Node, int] = defaultdict(int)
+        self._needs: defaultdict[fx.Node, int] = defaultdict(int)
         self._sizes: dict[fx.Node, tuple[Any, ...]] = {}
-        self._settled: set[fx.Node] = set()
+        self._settled: dict[fx.Node, Any] = {}
         self._from_inputs: set[fx.Node] = set()
         self._asked: list[tuple[fx.Node, Any]] = []
         self._asked_again: list[fx.Node] | None = None
         self._rank_was_read = False
         self.leaf: Callable[[str], torch.nn.Module] = lambda path: submodule(self.root, path)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
+    def proxy(self, node: fx.Node) -> Value:
         """The value of a node, as a forward sees it."""
         self._values[node] += 1
+        self.hold(node)
         return Value(node, self)
 
     def released(self, node: fx.Node) -> None:
@@ -78,29 +77,26 @@ class ExampleTracer(ThreadTracer):
         for node in released:
             self._values[node] -= 1
             if not self._values[node]:
-                self.dropped(node)
-                self._forget_if_done(node)
-
-    def dropped(self, node: fx.Node) -> None:
-        """A forward can't read a node any more."""
+                self.aliases.forget(node)
+            self.let_go(node)
 
     def is_held(self, node: fx.Node) -> bool:
         """Whether a forward can read a node yet."""
         return self._values[node] > 0
 
     def hold(self, node: fx.Node) -> None:
-        """What a node is on the examples will be needed."""
-        self._holders[node] += 1
+        """What a node is on the examples will be needed: by a value, a view, or a node that reads it."""
+        self._needs[node] += 1
 
     def let_go(self, node: fx.Node) -> None:
         """Takes one ``hold`` back."""
         if not vars(self):
             return  # The trace is over.
-        self._holders[node] -= 1
-        self._forget_if_done(node)
+        self._needs[node] -= 1
+        self._forget_unneeded(node)
 
-    def _forget_if_done(self, node: fx.Node) -> None:
-        if not (self._values[node] or self._holders[node] or self._unread[node]):
+    def _forget_unneeded(self, node: fx.Node) -> None:
+        if not self._needs[node]:
             self._known.pop(node, None)
 
     def note(self, node: fx.Node) -> None:
@@ -108,13 +104,9 @@ class ExampleTracer(ThreadTracer):
         self._order.append(node)
         sources = node.all_input_nodes
         for source in sources:
-            self._unread[source] += 1
+            self.hold(source)
         if node.op == "placeholder" or not self._from_inputs.isdisjoint(sources):
             self._from_inputs.add(node)
-
-    def set_item(self, value: Value, index: Any, item: Any) -> None:
-        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
-        raise NotImplementedError
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a value is a tensor, rather than a number or a tuple; asks the examples if nothing else tells."""
@@ -131,24 +123,10 @@ class ExampleTracer(ThreadTracer):
         else:
             if self.is_size(node):
                 return False
-            value = self.proxy(node)
-            assert builtins.isinstance(value, Value)
-            if self._examples is not None and not builtins.isinstance(self.example(value), torch.Tensor):
+            if self.has_examples and not builtins.isinstance(self.example(self.proxy(node)), torch.Tensor):
                 return False
         self._tensors.add(node)
         return True
-
-    def current(self, node: fx.Node) -> fx.Node:
-        """What to read in the place of a node that may have been overwritten."""
-        return node
-
-    def latest(self, node: fx.Node) -> fx.Node:
-        """What has a value's present shape; its data may be of before a write."""
-        return node
-
-    def has_example(self, value: Value) -> bool:
-        """Whether it is known what a value is on the example inputs."""
-        return self._examples is not None
 
     def example(self, value: Value) -> Any:
         """What a value is on the example inputs, but for what was written since; the graph runs up to there.
@@ -157,16 +135,18 @@ class ExampleTracer(ThreadTracer):
         What no value and no node to come needs any more is dropped, so it takes as much memory as the forward does.
         """
         self.forget_released()
-        return self._example(self.latest(value.node))
+        return self._example(self.aliases.latest(value.node))
 
     def _example(self, node: fx.Node) -> Any:
+        if not self.has_examples:
+            raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
         if node not in self._known:
             self._run()
         return self._known[node]
 
     def shares(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a node's value lies in the memory of one of its inputs on the example inputs, as far as is known."""
-        if self._examples is None:
+        if not self.has_examples:
             return node.op != "call_module" or not type(submodule(self.root, str(node.target))).__module__.startswith(
                 "torch.nn."
             )
@@ -179,7 +159,7 @@ class ExampleTracer(ThreadTracer):
             return
         self.is_evaluating = True
         try:
-            with torch.no_grad(), self.real_calls.paused(), aside():
+            with torch.no_grad(), aside():
                 while self._evaluated < len(self._order):
                     node = self._order[self._evaluated]
                     value = self._known[node] = self._value_of(node)
@@ -192,10 +172,9 @@ class ExampleTracer(ThreadTracer):
                             self._shared[node] = frozenset(shared)
                     self._evaluated += 1
                     for source in sources:
-                        self._unread[source] -= 1
-                        self._forget_if_done(source)
+                        self.let_go(source)
                     if self._evaluated < len(self._order):  # Else it may be about to become a value.
-                        self._forget_if_done(node)
+                        self._forget_unneeded(node)
         finally:
             self.is_evaluating = False
 
@@ -203,7 +182,6 @@ class ExampleTracer(ThreadTracer):
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._known.__getitem__)
         target: Any = node.target
         if node.op == "placeholder":
-            assert self._examples is not None
             return self._examples[self._evaluated].clone()
         if node.op == "get_attr" and target in self.constants:
             return self.constants[target]
@@ -216,43 +194,13 @@ class ExampleTracer(ThreadTracer):
 
         A ``__class__`` that says so would do for Python, but torch's C code takes its word for it, and crashes.
         """
-        if builtins.isinstance(value, classes):
-            return True
-        if not issubclass(type(value), Value) or self.is_evaluating or not self.has_example(value):
-            return False
-        return builtins.isinstance(self.example(value), classes)
-
-    def replacements(self) -> Iterable[tuple[Any, str, Callable[..., Any]]]:
-        """Torch's factory functions are nodes of the graph where they are given values of the graph."""
-        yield from super().replacements()
-        for name in _FACTORIES:
-            yield torch, name, self._factory(name, unpatched(torch, name))
-        for name in ("is_floating_point", "is_complex"):
-            yield torch, name, self._about_dtype(name, unpatched(torch, name))
-
-    def _about_dtype(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What depends on a tensor's dtype only."""
-
-        def ask(value: Any) -> Any:
-            is_known = issubclass(type(value), Value) and not self.is_evaluating and self.has_example(value)
-            return getattr(self.example(value), name)() if is_known else function(value)
-
-        return ask
-
-    def _factory(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            # A random number that is drawn while tracing would be the same in every call.
-            if self.is_evaluating or not (name in _RANDOM_FACTORIES or values_in((args, kwargs))):
-                return function(*args, **kwargs)
-            if name in _VARIADIC_FACTORIES and args and not isinstance(args[0], (tuple, list)):
-                args = (tuple(args),)
-            return self.create_proxy("call_function", function, args, kwargs)
-
-        return factory
+        if is_value(value) and self.has_examples and not builtins.isinstance(value, classes):
+            value = self.example(value)
+        return builtins.isinstance(value, classes)
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """All sizes of a tensor, as values of the graph."""
-        node = self.latest(value.node)
+        node = self.aliases.latest(value.node)
         if node not in self._sizes:
             rank = self.rank(value)
             self._sizes[node] = Sizes(self.create_proxy("call_method", "size", (value, n), {}) for n in range(rank))
@@ -282,23 +230,21 @@ class ExampleTracer(ThreadTracer):
         Raises:
             UndecidableError: the value depends on data.
         """
-        if not issubclass(type(value), Value):
+        if not is_value(value):
             return value  # A size of a parameter.
-        node = self.current(value.node)
-        if not self.has_example(value):
-            raise UndecidableError("symbolically traced variables cannot be used as inputs to control flow")
-        if self._depends_on_data(node):
+        node = self.aliases.current(value.node)
+        if self.has_examples and self._depends_on_data(node):
             raise UndecidableError(f"it decides by the data in {node.name}, which differs from input to input")
         example = self._example(node)
-        number = example.item() if isinstance(example, torch.Tensor) and example.numel() == 1 else example
-        if not isinstance(example, torch.Tensor):
-            if is_sure:
-                self._settle(node, number)
-            elif self._asked_again is None:
-                self._asked.append((node, number))
-            else:
-                self._asked_again.append(node)
-        return number
+        if builtins.isinstance(example, torch.Tensor):
+            return example.item() if example.numel() == 1 else example
+        if is_sure:
+            self._settled[node] = example
+        elif self._asked_again is None:
+            self._asked.append((node, example))
+        else:
+            self._asked_again.append(node)
+        return example
 
     def forget_asked(self, ask_again: Callable[[], Any]) -> bool:
         """A function of torch is to be recorded: it decided nothing by the numbers that it asked for.
@@ -323,13 +269,6 @@ class ExampleTracer(ThreadTracer):
                 del self._asked[-len(asked) :]
         return True
 
-    def _settle(self, node: fx.Node, value: Any) -> None:
-        if node in self._settled or node not in self._from_inputs:
-            return
-        self._settled.add(node)
-        with self.graph.inserting_after(node):
-            self.graph.create_node("call_function", check_size, (node, value, _described(node)))
-
     def _depends_on_data(self, node: fx.Node) -> bool:
         pending, seen = [node], {node}
         while pending:
@@ -347,13 +286,15 @@ class ExampleTracer(ThreadTracer):
 
     def settle_all(self) -> None:
         """At the end of a trace: guard what was settled, and the ranks of the inputs if any rank was read."""
-        for node, value in self._asked:
-            self._settle(node, value)
+        settled = self._settled | dict(self._asked)
         if self._rank_was_read:
-            assert self._examples is not None
             inputs = [node for node in self._order if node.op == "placeholder"]
             for node, example in zip(inputs, self._examples, strict=True):
-                self._settle(self.create_node("call_method", "dim", (node,), {}), example.dim())
+                settled[self.create_node("call_method", "dim", (node,), {})] = example.dim()
+        for node, value in settled.items():
+            if node in self._from_inputs:
+                with self.graph.inserting_after(node):
+                    self.graph.create_node("call_function", check_size, (node, value, _described(node)))
 
 
 class Sizes(tuple[Any, ...]):
@@ -369,8 +310,7 @@ def _storages(value: Any) -> set[int]:
     if type(value) in (int, float, bool, torch.Size):
         return set()
     leaves = (value,) if builtins.isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
-    tensors = (leaf for leaf in leaves if builtins.isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return {memory_of(leaf) for leaf in leaves if builtins.isinstance(leaf, torch.Tensor)} - {0}
 
 
 def _described(node: fx.Node) -> str:

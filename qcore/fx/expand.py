@@ -237,8 +237,7 @@ class _Builder:
 
     def attribute(self, target: str) -> fx.Node:
         made = self._new("get_attr", target, ())
-        tensor = get_attribute(self.module, target)
-        made.meta["example"] = Example(tuple(tensor.shape), tensor.dtype)
+        made.meta["example"] = Example.of(get_attribute(self.module, target))
         return made
 
     def _new(self, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:

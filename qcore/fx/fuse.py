@@ -29,7 +29,8 @@ class FusionPattern:
     Attributes:
         pattern: an operator, or a tuple of operators, each the only reader of the one before it.
         rewrite: gets the module and the chain's nodes; changes the module's graph and tensors so that it computes the
-            same, and returns whether it did (``False`` leaves the chain as it was).
+            same, and returns whether it did (``False`` leaves the chain as it was). Nodes that stay keep the shape and
+            the dtype of what they give.
         needs_run: whether a run of the network on the example inputs has to show that it computes the same.
     """
 
@@ -176,7 +177,7 @@ def _replaced(module: QGraphModule, reader: fx.Node, old: Any, target: str, valu
     else:
         with module.graph.inserting_before(reader):
             node = new_node(module.graph, "get_attr", target)
-    node.meta["example"] = Example(tuple(value.shape), value.dtype)
+    node.meta["example"] = Example.of(value)
     return node
 
 

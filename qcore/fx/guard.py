@@ -5,9 +5,11 @@ them from a stream of its own: torch has one generator for the whole process, wh
 operator. So the numbers of other threads are neither taken nor given twice.
 """
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from qcore.fx.dispatch import DispatchMode
+from qcore.fx.values import UndecidableError
 
 _drawing = threading.RLock()
 
@@ -23,124 +26,166 @@ class WriteError(RuntimeError):
     """A forward writes into a tensor of the model that isn't its own to write into."""
 
 
-class Guard(DispatchMode):
-    """Looks at every operator that a thread computes.
+def memory_of(tensor: Tensor) -> int:
+    """A number for the memory that a tensor lies in: its address, if it has one; 0 for a tensor without a storage."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr() or int(storage._cdata)
+    except (RuntimeError, NotImplementedError):
+        return 0  # Such as a sparse one.
+
+
+@dataclass
+class RealCalls:
+    """What a forward computes, while it is traced, with tensors that are no values of its graph.
+
+    Such calls are made once, and what they give becomes constants of the graph. That is right for tensors that the
+    forward makes itself; one that was there before is the state of something, and a graph wouldn't write it again.
 
     Attributes:
-        protected: addresses of storages that mustn't be written into.
+        made: memory that the forward made; with the storages, lest another gets the same number.
+        written: memory of which the graph holds what is in it, and its tensors don't.
+    """
+
+    made: dict[int, Any] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
+
+    def check(self, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
+        """Look at the tensors that an operator is given.
+
+        Raises:
+            UndecidableError: a graph couldn't do the same.
+        """
+        if not self.written.isdisjoint(map(memory_of, read)):
+            raise UndecidableError("it writes data into a tensor that it made, and computes with that")
+        if not self.made.keys() >= set(map(memory_of, written)):
+            raise UndecidableError("it writes into a tensor that is kept for later calls")
+
+    def note(self, func: Any, read: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """Note what an operator made."""
+        # ``torch.tensor`` makes its tensor unseen, and has it lifted.
+        known = set() if func is torch.ops.aten.lift_fresh.default else set(map(memory_of, read))
+        self.made.update({memory_of(t): t.untyped_storage() for t in results if memory_of(t) not in (0, *known)})
+
+
+@dataclass
+class Watch:
+    """What is looked for in the code that a thread runs.
+
+    Attributes:
+        protected: memory that mustn't be written into.
         stream: state of the random numbers to be drawn.
-        draws: how many operators drew some.
+        real_calls: of the forward that is traced, if one is.
+        draws: how many operators drew random numbers.
         refused: whether a write was refused.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.protected: frozenset[int] = frozenset()
-        self.stream = torch.empty(0)
-        self.draws = 0
-        self.refused = False
-        self._kinds: dict[Any, tuple[bool, bool]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute an operator, or refuse to."""
-        kind = self._kinds.get(func)
-        if kind is None:  # To ask takes longer than most operators.
-            kind = torch.Tag.nondeterministic_seeded in func.tags, func._schema.is_mutable
-            self._kinds[func] = kind
-        is_random, is_writing = kind
-        if is_writing:
-            return self._write(func, args, kwargs or {}, is_random)
-        return self._compute(func, args, kwargs or {}, is_random)
-
-    def _compute(self, func: Any, args: Any, kwargs: Any, is_random: bool) -> Any:
-        if not is_random:
-            return func(*args, **kwargs)
-        with _drawing:
-            self.draws += 1
-            others = torch.random.get_rng_state()
-            torch.random.set_rng_state(self.stream)
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.stream = torch.random.get_rng_state()
-                torch.random.set_rng_state(others)
-
-    def _write(self, func: Any, args: Any, kwargs: Any, is_random: bool) -> Any:
-        versions: list[tuple[Tensor, int]] = []
-        for number, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if self.protected and _address(tensor) in self.protected:
-                    self.refused = True
-                    raise WriteError(f"{func} writes into a parameter or a buffer of the model")
-                if not tensor.is_inference():
-                    versions.append((tensor, tensor._version))
-        result = self._compute(func, args, kwargs, is_random)
-        for tensor, version in versions:
-            if tensor._version == version:  # Under a mode torch counts no writes of operators that it doesn't know.
-                increment_version(tensor)
-        return result
+    protected: frozenset[int]
+    stream: Tensor
+    real_calls: RealCalls | None = None
+    draws: int = 0
+    refused: bool = False
 
 
 class _Thread(threading.local):
-    guard: Guard | None = None
+    watch: Watch | None = None
 
 
 _thread = _Thread()
 
 
+class _Guard(DispatchMode):
+    """Looks at every operator that a thread computes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute an operator, or refuse to."""
+        kwargs = kwargs or {}
+        watch = _thread.watch
+        assert watch is not None
+        real_calls = watch.real_calls
+        is_random, places = _effects(func)
+        if not (real_calls or is_random or places):
+            return func(*args, **kwargs)
+        read = _tensors((*args, *kwargs.values()))
+        written = _tensors(args[n] if n < len(args) else kwargs.get(name) for n, name in places)
+        if real_calls:
+            real_calls.check(read, written)
+        if not watch.protected.isdisjoint(map(memory_of, written)):
+            watch.refused = True
+            raise WriteError(f"{func} writes into a parameter or a buffer of the model")
+        versions = [(tensor, tensor._version) for tensor in written if not tensor.is_inference()]
+        result = _drawn(watch, func, args, kwargs) if is_random else func(*args, **kwargs)
+        for tensor, version in versions:
+            if tensor._version == version:  # Under a mode torch counts no writes of operators that it doesn't know.
+                increment_version(tensor)
+        if real_calls:
+            real_calls.note(func, read, _tensors(result if isinstance(result, (list, tuple)) else (result,)))
+        return result
+
+
+@functools.cache  # To ask takes longer than most operators.
+def _effects(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    """Whether an operator draws random numbers, and the places and names of the arguments that it writes into."""
+    arguments = enumerate(func._schema.arguments)
+    written = ((n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return torch.Tag.nondeterministic_seeded in func.tags, tuple(written)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of an operator, of which some are lists."""
+    opened = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
+    return [item for items in opened for item in items if isinstance(item, Tensor)]
+
+
+def _drawn(watch: Watch, func: Any, args: Any, kwargs: Any) -> Any:
+    with _drawing:
+        watch.draws += 1
+        others = torch.random.get_rng_state()
+        torch.random.set_rng_state(watch.stream)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            watch.stream = torch.random.get_rng_state()
+            torch.random.set_rng_state(others)
+
+
 @contextmanager
-def guarded(protected: Iterable[Tensor], stream: Tensor | None = None) -> Iterator[Guard]:
-    """Let a guard look at what this thread computes.
+def guarded(
+    protected: Iterable[Tensor], stream: Tensor | None = None, real_calls: RealCalls | None = None
+) -> Iterator[Watch]:
+    """Look at what this thread computes.
 
     Args:
         protected: tensors that mustn't be written into.
         stream: state of the random numbers to draw from; by default one that no run of a model has.
+        real_calls: of a forward that is traced.
     """
-    before = _thread.guard
-    guard = before or Guard()
-    outer = guard.protected, guard.stream, guard.draws, guard.refused
-    guard.protected = frozenset(_address(tensor) for tensor in protected) - {0}
-    guard.stream = torch.Generator().get_state() if stream is None else stream
-    guard.draws, guard.refused = 0, False
+    outer = _thread.watch
+    stream = torch.Generator().get_state() if stream is None else stream
+    watch = Watch(frozenset(map(memory_of, protected)) - {0}, stream, real_calls)
+    _thread.watch = watch
     try:
-        if before is not None:
-            yield guard
-        else:
-            _thread.guard = guard
-            with guard:
-                yield guard
+        with _Guard() if outer is None else nullcontext():
+            yield watch
     finally:
-        _thread.guard = before
-        if before is not None:
-            guard.protected, guard.stream, guard.draws, guard.refused = outer
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0  # One without a storage, such as a sparse one.
+        _thread.watch = outer
 
 
 def draws() -> int:
     """How many operators drew random numbers since this thread is under its guard."""
-    return 0 if _thread.guard is None else _thread.guard.draws
+    return 0 if _thread.watch is None else _thread.watch.draws
 
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """What this thread draws within this under a guard doesn't count, and is drawn after it once more."""
-    guard = _thread.guard
-    if guard is None:
+    """Within this a thread runs what isn't the code's: its draws don't count, and are made after it once more."""
+    watch = _thread.watch
+    if watch is None:
         yield
         return
-    before = guard.stream, guard.draws
+    before = watch.stream, watch.draws, watch.real_calls
+    watch.real_calls = None
     try:
         yield
     finally:
-        guard.stream, guard.draws = before
+        watch.stream, watch.draws, watch.real_calls = before

@@ -15,13 +15,6 @@ from qcore.errors import GuardError
 from qcore.fx.values import INPLACE_OPERATORS, UndecidableError
 
 
-def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
-    """``x`` with ``x[index] = value``, as a new tensor."""
-    result = x.clone()
-    result[index] = value
-    return result
-
-
 def with_call(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
     """``x`` after a method that writes into it, as a new tensor."""
     result = x.clone()
@@ -88,7 +81,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 #: Those that make a new tensor.
-MAKING = (with_item, with_call, with_view, fresh)
+MAKING = (with_call, with_view, fresh)
 
 #: Those that a graph keeps although nothing reads their results.
 LASTING = (write_back, check_apart)
@@ -116,8 +109,6 @@ def not_in_place(
     kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
     """The call that computes what another writes into its first argument."""
-    if target == "__setitem__":
-        return "call_function", with_item, args, kwargs
     if target in _PLAIN_OPERATORS:
         return kind, _PLAIN_OPERATORS[target], args, kwargs
     if kwargs.get("inplace") is True:

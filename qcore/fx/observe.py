@@ -64,6 +64,7 @@ def observe(module: QGraphModule, plan: QuantizationPlan, stand_ins: StandIns) -
         readers = list(value.users) if observation.readers is None else [nodes[name] for name in observation.readers]
         with module.graph.inserting_after(value):
             observer = new_node(module.graph, "call_module", names[observation.qparams], (value,))
+        observer.meta["example"] = value.meta["example"]
         for reader in dict.fromkeys(readers):
             reader.replace_input_with(value, observer)
     module.recompile()

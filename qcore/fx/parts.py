@@ -343,7 +343,7 @@ class _Finder:
                 return None, part.result
             if part.signature != signature:
                 return PythonModule(path, type(module).__name__, "it is called in several forms"), None
-            return None, propagate_examples(part.graph, examples)
+            return None, propagate_examples(part.graph, examples, notes=False)
         except Exception as error:
             return _reason(path, module, error), None
         finally:

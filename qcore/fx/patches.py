@@ -8,7 +8,7 @@ asked for it gets the replacement, all others get at once what was there before.
 import builtins
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -47,14 +47,21 @@ _lock = threading.Lock()
 
 
 class Patches:
-    """Within this, some names mean other functions to this thread, and to no other."""
+    """Within this, some names mean other functions to this thread, and to no other.
 
-    def __init__(self) -> None:
+    Args:
+        functions: for each name its owner, the name, and what it means; see ``add``.
+    """
+
+    def __init__(self, functions: Iterable[tuple[Any, str, Callable[..., Any]]] = ()) -> None:
+        self._functions = tuple(functions)
         self._keys: list[_Key] = []
         self._before: dict[_Key, Callable[..., Any]] = {}
 
     def __enter__(self) -> Self:
         self._before = dict(_here.functions)
+        for owner, name, function in self._functions:
+            self.add(owner, name, function)
         return self
 
     def add(self, owner: Any, name: str, function: Callable[..., Any]) -> None:

@@ -20,8 +20,8 @@ from qcore.fx.record import Record, Settings
 from qcore.fx.resolve import Resolver
 from qcore.fx.runs import comparable
 from qcore.fx.tracer import HARMLESS, Origin
-from qcore.fx.twin import Copies, copied_value, twin_of
-from qcore.fx.verify import rewrite
+from qcore.fx.twin import Copies, twin_of
+from qcore.fx.verify import check_observed, check_planned, check_traced, rewrite
 from qcore.observer import StandIns
 from qcore.qconfig import ObserverConstructor, ObserverTraits
 from qcore.qconfig_mapping import object_type_name
@@ -69,7 +69,12 @@ class Preparer:
         return any(plan.quantized for plan in self.plans.values())
 
     def prepare(self, part: Part) -> QGraphModule:
-        """The part with observers in it; its graph becomes the result's."""
+        """The part with observers in it; its graph becomes the result's.
+
+        Raises:
+            GraphError: a pass left a graph that isn't sound.
+        """
+        check_traced(part.graph)
         # What the user reads of the module is never rewritten: the passes get names of their own.
         preserved = tuple(part.attributes)
         with comparable():
@@ -78,12 +83,14 @@ class Preparer:
         own_tensors(graph, part.root, self.copies)
         leaves = _leaves_as_new(graph, part, self.copies)
         for name in preserved:
-            adopt(graph, part.module, name, lambda value: copied_value(value, self.copies, leaves))
+            adopt(graph, part.module, name, lambda value: twin_of(value, self.copies, leaves))
         settings = self.settings
         plan, refusals = make_plan(graph, self.resolver, self.traits, settings.backend, settings.backend_config)
+        check_planned(graph, plan)
         self.refusals.extend(refusals)
         self.plans[part.path] = plan
         observers = observe(graph, plan, self.stand_ins)
+        check_observed(graph, plan, observers)
         graph.train(part.module.training)
         scripts = [f"{path} stays as it is: {NO_PYTHON}" for path in scripts_in(graph)]
         names = part.signature.tensor_names

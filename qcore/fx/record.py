@@ -84,7 +84,7 @@ class Record:
 
 
 class FloatFallback(nn.Module):
-    """A model with a float one beside it, for calls in a form that it wasn't prepared for.
+    """A model with a float one beside it, for calls of a structure that it wasn't prepared for.
 
     Args:
         model: prepared or converted.

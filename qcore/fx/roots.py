@@ -6,7 +6,16 @@ import torch
 from torch import fx, nn
 
 from qcore.fx.effects import has_hooks
-from qcore.fx.graph_module import get_attribute, is_persistent, modules_of, place_for, set_tensor, submodule, tensors_of
+from qcore.fx.graph_module import (
+    get_attribute,
+    has_attribute,
+    is_persistent,
+    modules_of,
+    place_for,
+    set_tensor,
+    submodule,
+    tensors_of,
+)
 from qcore.fx.names import readable_targets
 from qcore.fx.twin import Copies, twin_of, with_shared_parameters
 
@@ -29,7 +38,7 @@ class Source:
     def leaf(self, path: str) -> nn.Module:
         """A module to keep whole: a copy, as it may change when it is called."""
         if path not in self._leaves:
-            module = self.get(path)
+            module = get_attribute(self.home(path), path)
             if any(has_hooks(inner) for inner in modules_of(module)):  # They may know the model.
                 memo: dict[int, Any] = {id(tensor): self.copies(tensor) for tensor in tensors_of(module)}
                 self._leaves[path] = submodule(twin_of(self.model, with_shared_parameters, memo), path)
@@ -37,19 +46,9 @@ class Source:
                 self._leaves[path] = twin_of(module, self.copies)
         return self._leaves[path]
 
-    def get(self, path: str) -> Any:
-        """What is at a path."""
-        try:
-            return get_attribute(self.model, path)
-        except AttributeError:
-            return get_attribute(self.traced, path)
-
-    def is_persistent(self, path: str) -> bool:
-        """Whether a tensor is part of the state."""
-        try:
-            return is_persistent(self.model, path)
-        except AttributeError:
-            return True
+    def home(self, path: str) -> nn.Module:
+        """Which of the two has something at a path."""
+        return self.model if has_attribute(self.model, path) else self.traced
 
 
 class Root(nn.Module):
@@ -75,10 +74,14 @@ class Root(nn.Module):
             if kind == "call_module":
                 place._modules[name] = source.leaf(target)
                 continue
-            value: Any = constants[target] if target in constants else source.get(target)
-            if target not in constants and not (keeps_parameters and isinstance(value, nn.Parameter)):
+            if target in constants:
+                set_tensor(self, places[target], constants[target])
+                continue
+            home = source.home(target)
+            value = get_attribute(home, target)
+            if not (keeps_parameters and isinstance(value, nn.Parameter)):
                 value = source.copies(value)
-            set_tensor(self, places[target], value, target in constants or source.is_persistent(target))
+            set_tensor(self, places[target], value, is_persistent(home, target))
         for node in graph.nodes:
             if node.op in ops and places[str(node.target)] != node.target:
                 node.target = places[str(node.target)]

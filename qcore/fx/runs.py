@@ -4,8 +4,8 @@ What runs is a twin of the model (``twin.py``). A model that is known to do no m
 other is guarded (``guard.py``), and if it writes into its parameters, the run is repeated with copies of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -53,24 +53,18 @@ class Runs:
                 except Exception:
                     if not guard.refused:
                         raise
-                self._writes_parameters = guard.refused
-            if not self._writes_parameters:
+            if not guard.refused:
                 return result
+            self._writes_parameters = True
         with guarded((), self._start):
             return function(twin_of(self.model, cloned))
 
     def replay(self, examples: Sequence[Tensor], graph: fx.GraphModule) -> Any:
         """What a graph gives that has the model's own parameters; see ``propagate_examples``."""
-        if not self._is_guarded:
-            return propagate_examples(graph, examples)
-        with guarded(self.model.parameters(), self._start):
+        with guarded(self.model.parameters(), self._start) if self._is_guarded else nullcontext():
             return propagate_examples(graph, examples)
 
 
-@contextmanager
-def comparable() -> Iterator[None]:
-    """Let torch's transformer modules compute as a graph of their operators does."""
-    with Patches() as patches:
-        for owner, name, function in OPERATORS_ONLY:
-            patches.add(owner, name, function)
-        yield
+def comparable() -> Patches:
+    """Within this, torch's transformer modules compute as a graph of their operators does."""
+    return Patches(OPERATORS_ONLY)

@@ -29,6 +29,14 @@ class Example:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Example":
+        """That of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
 
 def run_model(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The float model's own result on (copies of) the example inputs.
@@ -48,8 +56,13 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         ) from error
 
 
-def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
+def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor], *, notes: bool = True) -> Any:
     """Run a graph on copies of ``tensors``, write ``meta["example"]`` on every node that gives a tensor.
+
+    Args:
+        traced: the graph.
+        tensors: its inputs.
+        notes: whether to write that; not at a call that isn't the one that was traced.
 
     Returns:
         What the module's forward would return.
@@ -78,11 +91,15 @@ def propagate_examples(traced: fx.GraphModule, tensors: Sequence[Tensor]) -> Any
             value = next(given) if node.op == "placeholder" else computed(node, args, kwargs, traced)
             values[node] = value
             if isinstance(value, Tensor):
-                node.meta["example"] = _example_of(value)
-                if node.meta.pop("overwrites", False) and node.meta["example"] != _example_of(args[0]):
+                example = Example.of(value)
+                if notes:
+                    node.meta["example"] = example
+                if node.meta.pop("overwrites", False) and example != Example.of(args[0]):
                     raise _trace_error(f"{node.name} is written into a tensor of another dtype or shape")
                 if not value.is_inference():
                     versions[node] = value._version
+            elif notes:
+                node.meta.pop("example", None)
             for source in done_after.get(node, ()):
                 if not _may_write(node, source):
                     _check_unwritten(source, values[source], versions)
@@ -99,10 +116,6 @@ def _mutable(outputs: Any) -> Any:
         kind = list if isinstance(outputs, list) else tuple
         return kind(_mutable(value) for value in outputs)
     return outputs
-
-
-def _example_of(tensor: Tensor) -> Example:
-    return Example(tuple(tensor.shape), tensor.dtype)
 
 
 def _check_unwritten(node: fx.Node, value: Any, versions: dict[fx.Node, int]) -> None:
@@ -152,14 +165,9 @@ def copied(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
 
 
-def tensors_of(values: Any) -> list[Tensor]:
-    """The tensors among nested values."""
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return str(Example.of(value))
     if isinstance(value, (bool, int, float, str)) or value is None:
         return repr(value)
     return type(value).__name__

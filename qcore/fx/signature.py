@@ -9,7 +9,7 @@ import enum
 import inspect
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,10 @@ _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, type(...),
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
-#: What the code of a graph calls the signature of its call, and the form of its result.
-GLOBALS = ("_call_signature", "_result_form")
+#: What the code of a graph calls the signature of its call, and the structure of its result.
+GLOBALS = ("_call_signature", "_result_structure")
 _CONTAINERS = (tuple, list, dict, OrderedDict)
-_ANYTHING = inspect.Signature(
-    [
-        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
-        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-    ]
-)
+_ANYTHING = inspect.signature(lambda *args, **kwargs: None)
 
 
 class NotConstantError(Exception):
@@ -62,8 +57,39 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """How tensors and constants make up nested arguments or results.
+
+    Attributes:
+        spec: how the leaves make up the whole.
+        leaves: tensors, of which only the place is known, and constants.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A TreeSpec warns when it is unpickled; containers of numbers say the same.
+        return _structure_of, (_numbered(self.spec), self.leaves)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Structure":
+        return self
+
+    def filled(self, tensors: Sequence[Any]) -> Any:
+        """The whole with these values as its tensors."""
+        given = iter(tensors)
+        values = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
+        return pytree.tree_unflatten(values, self.spec)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether fx writes such a result by itself: a tensor, or tuples, lists and dictionaries of tensors."""
+        return all(leaf.is_tensor for leaf in self.leaves) and _is_plain(self.spec)
+
+
+@dataclass(frozen=True)
 class CallSignature:
-    """The form of a call.
+    """How a forward is called.
 
     What is passed on is what was given, as it was given: a forward may be wrapped by a function to which a default that
     is given, or by position, isn't the same.
@@ -71,16 +97,14 @@ class CallSignature:
     Attributes:
         owner: whose forward it is, for messages.
         parameters: of the forward, without ``self`` and annotations.
-        spec: how the leaves make up the arguments.
-        leaves: the values of the call.
+        structure: of the arguments by name.
         positional: how many arguments were given by position.
         given: the names of all that were given; the others are defaults.
     """
 
     owner: str
     parameters: inspect.Signature
-    spec: pytree.TreeSpec
-    leaves: tuple[Leaf, ...]
+    structure: Structure
     positional: int
     given: tuple[str, ...]
 
@@ -96,26 +120,18 @@ class CallSignature:
         values, spec = _flatten(arguments)
         leaves = []
         for name, value in zip(_names(spec), values, strict=True):
-            if isinstance(value, Tensor):
-                leaves.append(Leaf(name, True))
-            elif isinstance(value, _CONSTANTS):
-                leaves.append(Leaf(name, False, value))
-            else:
+            if not isinstance(value, (Tensor, *_CONSTANTS)):
                 raise NotConstantError(f"its argument {name} is a {type(value).__name__}, no tensor and no constant")
-        return CallSignature(owner, parameters, spec, tuple(leaves), len(args), given)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A TreeSpec warns when it is unpickled; containers of numbers say the same.
-        numbered = _numbered(self.spec)
-        return _signature_of, (self.owner, self.parameters, numbered, self.leaves, self.positional, self.given)
+            leaves.append(Leaf(name, True) if isinstance(value, Tensor) else Leaf(name, False, value))
+        return CallSignature(owner, parameters, Structure(spec, tuple(leaves)), len(args), given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallSignature":
         return self
 
     @property
     def tensor_names(self) -> list[str]:
-        """The names of the tensors among the leaves."""
-        return [leaf.name for leaf in self.leaves if leaf.is_tensor]
+        """The names of the tensors among the arguments."""
+        return [leaf.name for leaf in self.structure.leaves if leaf.is_tensor]
 
     @property
     def is_plain(self) -> bool:
@@ -128,24 +144,25 @@ class CallSignature:
         """The tensors of a call, after its constants were compared.
 
         Raises:
-            GuardError: the call has another form than the one that was traced.
+            GuardError: the call has another structure, or other constants, than the one that was traced.
         """
         _, arguments, _ = _bound(self.parameters, args, kwargs)
         values, spec = _flatten(arguments)
-        if spec != self.spec:
-            raise GuardError(self._message("its arguments", _outline(self.spec), _outline(spec)))
-        for leaf, value in zip(self.leaves, values, strict=True):
+        if spec != self.structure.spec:
+            raise GuardError(self._message("its arguments", _outline(self.structure.spec), _outline(spec)))
+        tensors = []
+        for leaf, value in zip(self.structure.leaves, values, strict=True):
             if leaf.is_tensor is not isinstance(value, Tensor) or not (leaf.is_tensor or same(leaf.constant, value)):
                 was = "a tensor" if leaf.is_tensor else repr(leaf.constant)
                 now = "a tensor" if isinstance(value, Tensor) else repr(value)
                 raise GuardError(self._message(f"argument {leaf.name}", was, now))
-        return [value for leaf, value in zip(self.leaves, values, strict=True) if leaf.is_tensor]
+            if leaf.is_tensor:
+                tensors.append(value)
+        return tensors
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The call with these values as its tensors: positional and keyword arguments."""
-        given = iter(tensors)
-        values = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
-        named = pytree.tree_unflatten(values, self.spec)
+        named = self.structure.filled(tensors)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for name in self.given:
@@ -168,55 +185,18 @@ class CallSignature:
         )
 
 
-@dataclass(frozen=True)
-class ResultForm:
-    """How the outputs of a graph make up what the forward returns.
-
-    Attributes:
-        spec: how the leaves make up the result.
-        leaves: for each, whether the graph gives it, and its value if not.
-    """
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Leaf, ...]
-
-    @staticmethod
-    def of(result: Any, is_value: Callable[[Any], bool]) -> "tuple[ResultForm, list[Any]]":
-        """The form of a result, and those of its leaves that ``is_value`` says come from the graph."""
-        values, spec = pytree.tree_flatten(result)
-        leaves = tuple(Leaf("", True) if is_value(value) else Leaf("", False, value) for value in values)
-        return ResultForm(spec, leaves), [value for value in values if is_value(value)]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _form_of, (_numbered(self.spec), self.leaves)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ResultForm":
-        return self
-
-    def result(self, outputs: Sequence[Any]) -> Any:
-        """What the forward returns."""
-        given = iter(outputs)
-        values = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
-        return pytree.tree_unflatten(values, self.spec)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether fx writes such a result by itself: a value, or tuples, lists and dictionaries of values."""
-        return all(leaf.is_tensor for leaf in self.leaves) and _is_plain(self.spec)
-
-
 class SignatureCodeGen(fx.graph.CodeGen):
     """Code of a graph whose forward takes what the traced forward took and returns what that returned.
 
     Args:
         signature: of the arguments.
-        form: of the result.
+        structure: of the result.
     """
 
-    def __init__(self, signature: CallSignature, form: ResultForm) -> None:
+    def __init__(self, signature: CallSignature, structure: Structure) -> None:
         super().__init__()
         self.signature = signature
-        self.form = form
+        self.structure = structure
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_options: Any) -> str:
         """The head of the forward: takes any arguments, and checks and opens them."""
@@ -226,11 +206,11 @@ class SignatureCodeGen(fx.graph.CodeGen):
 
     def generate_output(self, output_args: Any, **_options: Any) -> str:
         """The last line of the forward."""
-        return f"return {GLOBALS[1]}.result({output_args!r})"
+        return f"return {GLOBALS[1]}.filled({output_args!r})"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """What the generated code calls."""
-        return list(zip(GLOBALS, (self.signature, self.form), strict=True))
+        return list(zip(GLOBALS, (self.signature, self.structure), strict=True))
 
     def process_inputs(self, *args: Any) -> Any:
         """For fx.Interpreter: the tensors."""
@@ -238,7 +218,7 @@ class SignatureCodeGen(fx.graph.CodeGen):
 
     def process_outputs(self, outputs: Any) -> Any:
         """For fx.Interpreter: the result."""
-        return self.form.result(outputs)
+        return self.structure.filled(outputs)
 
 
 def check_size(value: Any, expected: Any, what: str) -> None:
@@ -321,19 +301,8 @@ def _numbered(spec: pytree.TreeSpec) -> Any:
     return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
 
 
-def _signature_of(
-    owner: str,
-    parameters: inspect.Signature,
-    numbered: Any,
-    leaves: tuple[Leaf, ...],
-    positional: int,
-    given: tuple[str, ...],
-) -> CallSignature:
-    return CallSignature(owner, parameters, _flatten(numbered)[1], leaves, positional, given)
-
-
-def _form_of(numbered: Any, leaves: tuple[Leaf, ...]) -> ResultForm:
-    return ResultForm(pytree.tree_flatten(numbered)[1], leaves)
+def _structure_of(numbered: Any, leaves: tuple[Leaf, ...]) -> Structure:
+    return Structure(pytree.tree_structure(numbered), leaves)
 
 
 def _names(spec: pytree.TreeSpec) -> list[str]:
@@ -362,8 +331,7 @@ def same(constant: Any, value: Any) -> bool:
 
 
 def _outline(spec: pytree.TreeSpec) -> str:
-    names = _names(spec)
-    return f"({', '.join(names)})"
+    return f"({', '.join(_names(spec))})"
 
 
 def _is_plain(spec: pytree.TreeSpec) -> bool:

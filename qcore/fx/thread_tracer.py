@@ -17,6 +17,13 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 
 from qcore.fx.patches import Patches, unpatched
+from qcore.fx.values import is_value, values_in
+
+#: Functions that make tensors of sizes; torch doesn't ask a proxy about them, or asks it wrongly.
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "zeros",
+)  # fmt: skip
 
 #: Lets torch's transformer modules compute by operators that a graph can hold, and not by a kernel of their own or by
 #: what a mask holds. (Whether a mask is causal is a hint: it changes how attention is computed, not what.)
@@ -30,7 +37,13 @@ _MATH_IDS = frozenset(id(found) for found in _MATH.values())
 
 
 class ThreadTracer(fx.Tracer):
-    """Traces in its own thread; what its subclasses decide is what fx lets a tracer decide."""
+    """Traces in its own thread; what its subclasses decide is what fx lets a tracer decide.
+
+    Attributes:
+        is_evaluating: whether the tracer itself runs part of the graph.
+    """
+
+    is_evaluating = False
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """A module's forward as a graph.
@@ -44,18 +57,10 @@ class ThreadTracer(fx.Tracer):
         self.root_module_name = type(root).__name__
         self.submodule_paths = {module: path for path, module in root.named_modules()}
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.tensor_attrs = {
-            value: f"{path}.{name}" if path else name
-            for module, path in self.submodule_paths.items()
-            for name, value in vars(module).items()
-            if isinstance(value, torch.Tensor)
-        }
+        self.tensor_attrs = {}
         function, args = self.create_args_for_root(forward, True, concrete_args)
-        with Patches() as patches:
-            self._patches = patches
+        with Patches(self.replacements()) as self._patches:
             self._seen: set[int] = set()
-            for owner, name, replacement in self.replacements():
-                patches.add(owner, name, replacement)
             for traced in (forward, F.relu):  # Torch's functions ask what they are given, too.
                 self.look_into(traced)
             self.create_node("output", "output", (self.create_arg(function(*args)),), {})
@@ -77,6 +82,10 @@ class ThreadTracer(fx.Tracer):
         yield nn.Module, "__getattr__", attribute
         yield from OPERATORS_ONLY
         yield torch, "is_tensor", lambda item: self.isinstance(item, torch.Tensor)
+        for name in ("is_floating_point", "is_complex"):
+            yield torch, name, _as_method(name, unpatched(torch, name))
+        for name in _FACTORIES:
+            yield torch, name, self.recorded(unpatched(torch, name), is_random=name.startswith("rand"))
         for name, found in _MATH.items():
             yield math, name, self.recorded(found)
         for (_, name), space in list(_symbolic_trace._wrapped_fns_to_patch.items()):  # What ``fx.wrap`` was called for.
@@ -104,13 +113,14 @@ class ThreadTracer(fx.Tracer):
         """``isinstance`` as a traced forward means it."""
         return isinstance(value, classes)
 
-    def recorded(self, function: Callable[..., Any], method: str = "") -> Callable[..., Any]:
-        """A function (or method) that is a node of the graph where it is given values of the graph."""
+    def recorded(
+        self, function: Callable[..., Any], method: str = "", *, is_random: bool = False
+    ) -> Callable[..., Any]:
+        """A function (or method) that is a node of the graph where it is given values of the graph, or is random."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            found: list[Any] = []
-            fx.node.map_aggregate((args, kwargs), lambda item: found.append(item) if _is_proxy(item) else None)
-            if not found:
+            # A random number that is drawn while tracing would be the same in every call.
+            if self.is_evaluating or not (is_random or values_in((args, kwargs))):
                 return function(*args, **kwargs)
             kind, target = ("call_method", method) if method else ("call_function", function)
             return self.create_proxy(kind, target, args, kwargs)
@@ -118,5 +128,6 @@ class ThreadTracer(fx.Tracer):
         return call
 
 
-def _is_proxy(item: Any) -> bool:
-    return issubclass(type(item), fx.Proxy)
+def _as_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch that asks a value's method instead."""
+    return lambda value: getattr(value, name)() if is_value(value) else function(value)

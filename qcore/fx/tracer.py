@@ -7,9 +7,11 @@ whatever name, reads the result instead (``aliases.py``). Each node remembers in
 it, which is what a QConfigMapping speaks of.
 """
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -20,29 +22,23 @@ from torch.utils import _pytree as pytree
 
 from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
-from qcore.fx.effects import is_harmless
+from qcore.fx.effects import is_harmless, refuse_state
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
-from qcore.fx.graph_module import (
-    QGraphModule,
-    get_attribute,
-    submodule,
-)
-from qcore.fx.guard import guarded
+from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
+from qcore.fx.guard import aside, guarded, memory_of
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
-from qcore.fx.kept_state import refuse_state
 from qcore.fx.nodes import drop_unread, identifiers, set_arguments, unshadowed
-from qcore.fx.operators import FORMS, MODULES, NormalCall, kept_apart
-from qcore.fx.real_calls import shares_memory
+from qcore.fx.operators import FORMS, MODULES, kept_apart
 from qcore.fx.roots import Root, Source
-from qcore.fx.signature import CallSignature, ResultForm, SignatureCodeGen, check_size
-from qcore.fx.trace_errors import trace_error
+from qcore.fx.signature import CallSignature, Leaf, SignatureCodeGen, Structure, check_size
 from qcore.fx.twin import Copies, shared, twin_of
-from qcore.fx.values import UndecidableError, Value
+from qcore.fx.values import UndecidableError, Value, is_value
 from qcore.qconfig_mapping import ObjectType
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 _OWN_FUNCTIONS = (check_size, given, *MAKING, *LASTING)
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 #: Where the result of ``trace`` says whether its forward is harmless; see ``effects.is_harmless``.
 HARMLESS = "qcore_harmless"
 
@@ -101,7 +97,7 @@ class NormalFormTracer(ExampleTracer):
         self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
         self._captured: dict[int, tuple[torch.Tensor, int, str]] = {}
-        self._origin: Origin | None = None
+        self._module_call: tuple[Origin, bool] | None = None  # Its origin, and whether it overwrites what it is given.
         self.failed_path: str | None = None
 
     def create_args_for_root(
@@ -131,7 +127,7 @@ class NormalFormTracer(ExampleTracer):
         return call, [self.root, *tensors]
 
     def _is_same(self, first: Any, second: Any) -> bool:
-        if issubclass(type(first), Value) and issubclass(type(second), Value):
+        if is_value(first) and is_value(second):
             return self.aliases.is_same(first.node, second.node)
         return first is second
 
@@ -141,12 +137,13 @@ class NormalFormTracer(ExampleTracer):
         result = pytree.tree_map_only(
             torch.Tensor, lambda tensor: self.create_proxy("call_function", fresh, (tensor,), {}), result
         )
-        form, outputs = ResultForm.of(result, lambda item: issubclass(type(item), fx.Proxy))
+        values, spec = pytree.tree_flatten(result)
+        structure = Structure(spec, tuple(Leaf("", True) if is_value(v) else Leaf("", False, v) for v in values))
         self.settle_all()
-        if signature.is_plain and form.is_plain:
+        if signature.is_plain and structure.is_plain:
             return result
-        self.graph.set_codegen(SignatureCodeGen(signature, form))
-        return tuple(outputs)
+        self.graph.set_codegen(SignatureCodeGen(signature, structure))
+        return tuple(filter(is_value, values))
 
     def _opened(self, value: Value) -> Any:
         """A value as the tuple that it is, if it comes from a module that gives several tensors at once."""
@@ -155,24 +152,6 @@ class NormalFormTracer(ExampleTracer):
         if node.op != "call_module" or not isinstance(submodule(self.root, str(node.target)), several):
             return value
         return pytree.tree_map_only(Value, self._opened, tuple(value))
-
-    def dropped(self, node: fx.Node) -> None:
-        """A forward can't read a node any more."""
-        self.aliases.forget(node)
-
-    def current(self, node: fx.Node) -> fx.Node:
-        """What to read in the place of a node that may have been overwritten."""
-        return self.aliases.current(node)
-
-    def latest(self, node: fx.Node) -> fx.Node:
-        """What has a value's present shape; its data may be of before a write."""
-        return self.aliases.latest(node)
-
-    def set_item(self, value: Value, index: Any, item: Any) -> None:
-        """From here on, whoever reads ``value`` reads it with ``value[index] = item``."""
-        is_value = issubclass(type(item), Value)
-        if not is_value or not self.aliases.is_item(item.node, value.node, self.create_arg(index)):
-            self.create_proxy("call_method", "__setitem__", (value, index, item), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and those that the user named."""
@@ -193,7 +172,7 @@ class NormalFormTracer(ExampleTracer):
             return forward(*args, **kwargs)
         path = "" if m is self.root else self.path_of_module(m)
         if self._is_opaque(m, path):
-            return self._leaf(m, path, forward, args, kwargs)
+            return self._leaf(m, path, args, kwargs)
         form, hook = MODULES.get(type(m)), hook_of(m)
         if form is not None and not hook:
             try:
@@ -201,44 +180,33 @@ class NormalFormTracer(ExampleTracer):
             except TypeError:
                 call = None  # Arguments that the form doesn't know.
             if call is not None:
-                return self._emit(call, path, self._make_origin(type(m), True, path))
-        if form is not None or not self.is_leaf_module(m, path):
-            try:
-                if hook and form is None:
-                    raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
-                if form is not None:
-                    return self._inside(m, path, forward, args, kwargs)
-                with ScopeContextManager(self.scope, Scope(path, type(m))):
-                    return forward(*args, **kwargs)
-            except Exception:
-                if self.failed_path is None:
-                    self.failed_path = path
-                raise
-        return self._leaf(m, path, forward, args, kwargs)
+                origin = self._make_origin(type(m), True, path)
+                if call.operator is None:
+                    return call.args[0]
+                self._module_call, name = (origin, call.inplace), path.replace(".", "_")
+                return self.create_proxy("call_function", call.operator.function, call.args, {}, name)
+        # A convolution whose call isn't one operator pads, by reflection for example, and calls one.
+        is_convolution = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if (form is not None and (hook or not is_convolution)) or (form is None and self.is_leaf_module(m, path)):
+            return self._leaf(m, path, args, kwargs)
+        try:
+            if hook:
+                raise UndecidableError(f"{type(m).__name__} has {hook}, which runs at each call")
+            with ScopeContextManager(self.scope, Scope(path, type(m))):
+                return forward(*args, **kwargs)
+        except Exception:
+            if self.failed_path is None:
+                self.failed_path = path
+            raise
 
-    def _leaf(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+    def _leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         if m is self.root:
             hook = hook_of(m)
             reason = f"has {hook}, which runs at each call" if hook else "is not known to qcore"
             raise TraceError(f"{type(m).__name__} {reason}", path, None)
-        origin = self._make_origin(type(m), True, path)
         is_inplace = getattr(m, "inplace", False) is True and type(m).__module__.startswith("torch.nn.")
-        if not is_inplace or not args or not isinstance(args[0], Value):
-            self._origin = origin
-            return self.create_proxy("call_module", path, args, kwargs)
-        node = self.current(args[0].node)
-        copied = self.proxy(self._add_node("call_method", "clone", (node,), {}, is_fresh=True))
-        self._origin = origin
-        result = self.create_proxy("call_module", path, (copied, *args[1:]), kwargs)
-        self._overwrite(node, result.node)
-        return args[0]
-
-    def _inside(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Trace into a known module whose call isn't one operator, such as a convolution that pads by reflection."""
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not hook_of(m):
-            with ScopeContextManager(self.scope, Scope(path, type(m))):
-                return forward(*args, **kwargs)
-        return self._leaf(m, path, forward, args, kwargs)
+        self._module_call = self._make_origin(type(m), True, path), is_inplace
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def _make_origin(self, object_type: ObjectType, is_module: bool, path: str) -> Origin:
         path = ".".join(step for step in (self._path, path) if step)
@@ -250,10 +218,15 @@ class NormalFormTracer(ExampleTracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """Trace ``root``; see ``fx.Tracer.trace``."""
-        tensors = [*root.named_buffers(), *root.named_parameters()]
+        attributes = [
+            (f"{path}.{name}".lstrip("."), value)
+            for path, module in root.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, torch.Tensor)
+        ]
+        tensors = [*attributes, *root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}
-        with self.real_calls:
-            return super().trace(root, concrete_args)
+        return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A tensor that a forward reads, as a value of the graph; fx searches the whole model for each."""
@@ -273,7 +246,7 @@ class NormalFormTracer(ExampleTracer):
         if isinstance(a, torch.Tensor):
             if id(a) in self._tensor_paths:
                 return self._tensor(self._tensor_paths[id(a)]).node
-            if not isinstance(a, nn.Parameter) and self.tensor_attrs.get(a) is None:
+            if not isinstance(a, nn.Parameter):
                 return self._tensor(self._constant(a)).node
         return super().create_arg(a)
 
@@ -283,10 +256,10 @@ class NormalFormTracer(ExampleTracer):
         known = self._captured.get(id(tensor))
         if known is not None and known[1] == version:
             return known[2]
-        if self.real_calls.is_written(tensor):
+        if memory_of(tensor) in self.real_calls.written:
             raise UndecidableError("it writes data into a tensor of which it made a view before")
         name = f"._tensor_constant{len(self.constants)}"  # No path of the user's starts like this.
-        with self.real_calls.paused():
+        with aside():
             self.constants[name] = tensor.detach().clone()  # The forward may change it, or it may be the user's.
         self._captured[id(tensor)] = (tensor, version, name)  # And another tensor may get its number once it is gone.
         return name
@@ -307,23 +280,9 @@ class NormalFormTracer(ExampleTracer):
             self._attributes[target] = self.proxy(self._add_node("get_attr", target, (), {}))
         return self._attributes[target]
 
-    def _emit(self, call: NormalCall, name: str, origin: Origin) -> Any:
-        if call.operator is None:
-            return call.args[0]
-        self._origin = origin
-        proxy = self.create_proxy("call_function", call.operator.function, call.args, {}, name.replace(".", "_"))
-        if call.inplace and isinstance(call.args[0], fx.Proxy):
-            self._overwrite(self.current(call.args[0].node), proxy.node)
-            return call.args[0]
-        return proxy
-
-    def _overwrite(self, node: fx.Node, by: fx.Node) -> None:
-        by.meta["overwrites"] = True
-        self.aliases.overwrite(node, by)
-
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Record a call; a user's function that is kept whole for fx's sake (``fx.wrap``) is looked into."""
-        if kind == "call_function" and self.has_example(args) and _is_users(target):
+        if kind == "call_function" and self.has_examples and _is_users(target):
             writes = self.aliases.writes
             try:
                 result = target(*args, **kwargs)
@@ -335,13 +294,15 @@ class NormalFormTracer(ExampleTracer):
         if kind == "call_method" and target in SIZE_METHODS and self._is_parameter(args[0]):
             # It has one size, and isn't read for that.
             return getattr(get_attribute(self.root, args[0].node.target), target)(*args[1:], **kwargs)
-        self._is_written = False
-        proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        try:
+            proxy = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        finally:
+            self._module_call = None  # A forward may go on after a call that failed.
         # What a write gives back is the overwritten tensor itself.
         return args[0] if self._is_written and isinstance(args[0], Value) else proxy
 
     def _is_parameter(self, value: Any) -> bool:
-        if not self.has_example(value) or not issubclass(type(value), Value):
+        if not self.has_examples or not is_value(value):
             return False
         return value.node.op == "get_attr" and value.node.target not in self.constants
 
@@ -355,45 +316,48 @@ class NormalFormTracer(ExampleTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Add a node; a call of a known function or method takes its normal form."""
-        origin = None
-        if kind != "get_attr":  # A tensor among the arguments of the call that the origin is of.
-            origin, self._origin = self._origin, None
+        origin, call, is_module = None, None, self._module_call is not None
+        self._is_written = is_written = is_turned = False
+        if self._module_call is not None and kind != "get_attr":  # That is a tensor among the arguments of the call.
+            origin, is_written = self._module_call
         if kind == "output":
             self.aliases.write_inputs()
         if self.aliases.writes:
             is_shape = target in SIZE_METHODS or (target is getattr and args[1] in ("shape", "dtype", "device"))
-            args, kwargs = fx.map_arg((args, kwargs), self.latest if is_shape else self.current)
-        written: fx.Node | None = None
-        if kind in ("call_function", "call_method") and origin is None and target not in _OWN_FUNCTIONS:
+            args, kwargs = fx.map_arg((args, kwargs), self.aliases.latest if is_shape else self.aliases.current)
+        if kind in ("call_function", "call_method") and not is_module and target not in _OWN_FUNCTIONS:
             origin = self._make_origin(target, False, self.scope.module_path)
             if kwargs.get("out") is not None:
                 raise UndecidableError("it writes a result into out=...")
-            call = self._normal_form(target, args, kwargs)
+            try:
+                form = FORMS.get(target)
+                call = form(*args, **kwargs) if form is not None else None
+            except (TypeError, ValueError):
+                pass  # An unhashable callable, or arguments that the form doesn't know: the call stays as it is.
             if call is not None and call.operator is None:
                 return call.args[0]  # type: ignore[no-any-return]
             is_written = writes_in_place(target, kwargs) or (call is not None and call.inplace)
-            if is_written:
-                if not args or not isinstance(args[0], fx.Node):
-                    raise UndecidableError(f"it calls {name_of(target)}, which changes tensors in place")
-                written = args[0]
-            if call is not None and call.operator is not None:
-                kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
-            elif written is not None:
-                if target == "requires_grad_":
-                    return written
-                is_turned = target in TURNING
-                kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
-                if is_turned:
-                    node = self._add_node(kind, target, args, kwargs, origin)
-                    self.aliases.rebind(written, node)
-                    self._is_written = True
-                    return node
-            elif kind == "call_function" and not kwargs:
-                args, kwargs = kept_apart(target, args)
-        node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_fresh=written is not None)
-        if written is not None:
-            self._overwrite(written, node)
-            self._is_written = True
+        written: Any = args[0] if is_written and args else None
+        if is_written and not isinstance(written, fx.Node):
+            raise UndecidableError(f"it calls {name_of(target)}, which changes tensors in place")
+        if call is not None and call.operator is not None:
+            kind, target, args, kwargs = "call_function", call.operator.function, call.args, {}
+        elif is_written and kind == "call_module":
+            args = (self._add_node("call_method", "clone", (written,), {}, is_fresh=True), *args[1:])
+        elif is_written and not is_module:
+            if target == "requires_grad_":
+                return args[0]  # type: ignore[no-any-return]
+            is_turned = target in TURNING
+            kind, target, args, kwargs = not_in_place(kind, target, args, kwargs)
+        elif kind == "call_function" and not kwargs and not is_module:
+            args, kwargs = kept_apart(target, args)
+        node = self._add_node(kind, target, args, kwargs, origin, name, type_expr, is_written and not is_turned)
+        if is_turned:
+            self.aliases.rebind(written, node)
+        elif is_written:
+            node.meta["overwrites"] = True
+            self.aliases.overwrite(written, node)
+        self._is_written = is_written
         self.forget_released()
         return node
 
@@ -424,25 +388,12 @@ class NormalFormTracer(ExampleTracer):
         if node.target not in self.constants:
             return str(node.target)
         (tensor,) = (tensor for tensor, _, name in self._captured.values() if name == node.target)
-        others = [t for t, _, name in self._captured.values() if t is not tensor and shares_memory(t, tensor)]
-        if others or not self.real_calls.is_made(tensor):
+        memory = memory_of(tensor)
+        others = any(t is not tensor and memory_of(t) == memory for t, _, _ in self._captured.values())
+        if others or memory not in self.real_calls.made:
             return "a tensor outside of its modules"
-        self.real_calls.note_written(tensor)
+        self.real_calls.written.add(memory)
         return ""
-
-    @staticmethod
-    def _normal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormalCall | None:
-        try:
-            form = FORMS.get(target)
-        except TypeError:
-            return None  # An unhashable callable.
-        if form is None:
-            return None
-        try:
-            call = form(*args, **kwargs)
-        except (TypeError, ValueError):
-            return None  # Arguments that the form doesn't know: the call stays as it is.
-        return call
 
 
 def _is_users(target: Any) -> bool:
@@ -493,7 +444,7 @@ def trace(
     places = Source(model if source is None else source, model, copies or Copies())
     tracer.leaf = places.leaf
     try:
-        with guarded(tensors) as guard:
+        with guarded(tensors, real_calls=tracer.real_calls) as guard:
             graph = tracer.trace(twin)
             if guard.draws:
                 raise UndecidableError("it draws random numbers, which a graph would hold as constants")
@@ -504,12 +455,41 @@ def trace(
             if node.target == "contiguous" and not any(user.target is with_view for user in node.users):
                 node.replace_all_uses_with(node.args[0])  # Without writes a copy is as good as what it is of.
                 graph.erase_node(node)
-            node.meta.pop("is_wrapped", None)  # The code of such a node would wrap its function for the whole process.
         root = Root(places, graph, tracer.constants, keeps_parameters=copies is not None)
     except Exception as error:
-        raise trace_error(error, tracer.failed_path or "", model) from error
+        raise _trace_error(error, tracer.failed_path or "", model) from error
     finally:
         vars(tracer).clear()  # Cycles hold it, and it holds the model and all that it computed.
     traced = QGraphModule.of(root, graph, is_raw=True)
     traced.meta[HARMLESS] = harmless
     return traced
+
+
+def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
+    """Which module failed, at which line of the user's, and what to do.
+
+    Args:
+        error: what failed.
+        path: of the module whose forward failed.
+        model: what was traced.
+    """
+    location = _user_location(error)
+    where = f"{path!r} ({type(submodule(model, path)).__name__})" if path else f"the model ({type(model).__name__})"
+    at = f" at {location}" if location else ""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return TraceError(
+        f"{type(model).__name__} can't be traced: the forward of {where} failed{at}: "
+        f"{reason}. Keep that submodule whole with "
+        f"prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names([{path!r}]), or rewrite the line",
+        path,
+        location,
+        reason,
+    )
+
+
+def _user_location(error: Exception) -> str | None:
+    """The innermost line outside torch and qcore."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None

@@ -10,7 +10,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qcore.fx.graph_module import modules_of
 
 Counterpart = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 _ATOMS = frozenset(
     {
@@ -77,21 +78,16 @@ class Copies:
                     copied.copy_(tensor)
 
 
-def twin_of(model: nn.Module, counterpart: Counterpart = cloned, memo: dict[int, Any] | None = None) -> nn.Module:
+def twin_of(value: T, counterpart: Counterpart = cloned, memo: dict[int, Any] | None = None) -> T:
     """A copy of a model, its hooks and attributes included; what can't be copied (a lock, an open file) is shared.
 
     Args:
-        model: isn't changed.
+        value: the model, or anything that a model has; isn't changed.
         counterpart: what the copy has for a tensor.
         memo: what it has for others, by identity, as for ``copy.deepcopy``; is added to.
     """
-    twin: nn.Module = copied_value(model, counterpart, memo)
+    twin: T = _Copier(counterpart, {} if memo is None else memo).value(value)
     return twin
-
-
-def copied_value(value: Any, counterpart: Counterpart = cloned, memo: dict[int, Any] | None = None) -> Any:
-    """The same for anything that a model has."""
-    return _Copier(counterpart, {} if memo is None else memo).value(value)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -144,8 +140,6 @@ class _Copier:
         elif kind is weakref.ref:
             target = self.memo.get(id(value()))
             made = value if target is None else weakref.ref(target)
-        elif kind is torch.Generator:
-            made = self.memo[id(value)] = value.clone_state()
         else:
             made = self.copied(value)
         return made
@@ -156,7 +150,7 @@ class _Copier:
         except Exception:
             return value
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> Any:
         """The copy of a module and of all inside, which may refer to each other: all are there before any is filled."""
         modules = modules_of(model, self.memo)
         plain = [module for module in modules if _is_plain(type(module))]  # type: ignore[arg-type]
@@ -174,10 +168,7 @@ class _Copier:
                 # Most of what is left are registries without entries.
                 state[name] = kind() if (kind is dict or kind is OrderedDict) and not value else self.value(value)
             vars(self.memo[id(module)]).update(state)
-        if id(model) in self.memo:
-            return self.memo[id(model)]  # type: ignore[no-any-return]
-        made: nn.Module = self.copied(model)
-        return made
+        return self.memo[id(model)] if id(model) in self.memo else self.copied(model)
 
     def function(self, function: types.FunctionType) -> types.FunctionType:
         """A function that refers to modules of the model, as hooks and patched forwards do, refers to their copies."""

@@ -15,19 +15,15 @@ from torch import fx
 if TYPE_CHECKING:
     from qcore.fx.example_tracer import ExampleTracer
 
-#: Properties of a tensor that don't depend on its data, and that a graph may take as they are.
-_PLAIN_PROPERTIES = ("dtype", "layout", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "requires_grad")
+#: Properties of a tensor, and methods, that don't depend on its data, and that a graph may take as they are.
+_PLAIN_PROPERTIES = (
+    "dtype", "layout", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "requires_grad", "is_floating_point",
+    "is_complex",
+)  # fmt: skip
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+#: Python's in-place operators: what each calls, and the plain form of that.
 INPLACE_OPERATORS = {
-    "__iadd__": (operator.iadd, operator.add),
-    "__isub__": (operator.isub, operator.sub),
-    "__imul__": (operator.imul, operator.mul),
-    "__itruediv__": (operator.itruediv, operator.truediv),
-    "__ifloordiv__": (operator.ifloordiv, operator.floordiv),
-    "__imod__": (operator.imod, operator.mod),
-    "__ipow__": (operator.ipow, operator.pow),
-    "__iand__": (operator.iand, operator.and_),
-    "__ior__": (operator.ior, operator.or_),
-    "__ixor__": (operator.ixor, operator.xor),
+    f"__i{name}__": (getattr(operator, f"__i{name}__"), getattr(operator, f"__{name}__")) for name in _ARITHMETIC
 }
 
 
@@ -52,18 +48,20 @@ class Value(fx.Proxy):
         return memo.setdefault(id(self), self.tracer.create_proxy("call_method", "clone", (self,), {}))
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PLAIN_PROPERTIES and self.tracer.has_example(self):
-            return getattr(self.tracer.example(self), name)
+        if self.tracer.has_examples:
+            if name in _PLAIN_PROPERTIES:
+                return getattr(self.tracer.example(self), name)
+            if name == "shape":
+                return self.tracer.sizes(self)
+            if name == "ndim":
+                return self.tracer.rank(self)
+            if name in ("dim", "ndimension"):
+                return lambda: self.tracer.rank(self)
         return Attribute(self, name)
 
-    @property
-    def shape(self) -> Any:
-        """The sizes, each of them a value of the graph."""
-        return self.tracer.sizes(self) if self.tracer.has_example(self) else Attribute(self, "shape")
-
     def size(self, dim: Any = None) -> Any:
-        """One size, or all of them."""
-        if dim is None and self.tracer.has_example(self):
+        """One size, or all of them, each a value of the graph."""
+        if dim is None and self.tracer.has_examples:
             return self.tracer.sizes(self)
         return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
 
@@ -76,37 +74,12 @@ class Value(fx.Proxy):
     def data(self, value: Any) -> None:
         raise UndecidableError("it assigns to .data of a tensor")
 
-    @property
-    def ndim(self) -> Any:
-        """The number of dimensions."""
-        return self.dim()
-
-    def dim(self) -> Any:
-        """The number of dimensions."""
-        if self.tracer.has_example(self):
-            return self.tracer.rank(self)
-        return self.tracer.create_proxy("call_method", "dim", (self,), {})
-
-    def ndimension(self) -> Any:
-        """The number of dimensions."""
-        return self.dim()
-
-    def is_floating_point(self) -> Any:
-        """Whether it is of a float dtype."""
-        if self.tracer.has_example(self):
-            return bool(self.tracer.example(self).is_floating_point())
-        return self.tracer.create_proxy("call_method", "is_floating_point", (self,), {})
-
     def __len__(self) -> int:
-        if not self.tracer.has_example(self):
-            return super().__len__()
         example = self.tracer.example(self)
-        if isinstance(example, torch.Tensor):
-            return int(self.tracer.settle(self.size(0)))
-        return len(example)
+        return int(self.tracer.settle(self.size(0))) if isinstance(example, torch.Tensor) else len(example)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.tracer.has_example(self):
+        if not self.tracer.has_examples:
             return super().__iter__()
         return iter([self.__getitem__(number) for number in range(len(self))])
 
@@ -128,7 +101,8 @@ class Value(fx.Proxy):
         return operator.index(self.tracer.settle(self, is_sure=False))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.set_item(self, index, value)
+        if not is_value(value) or not self.tracer.aliases.is_item(value.node, self.node, self.tracer.create_arg(index)):
+            self.tracer.create_proxy("call_method", "__setitem__", (self, index, value), {})
 
     @classmethod
     def __torch_function__(
@@ -180,13 +154,18 @@ class Attribute(Value):
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
+def is_value(item: Any) -> bool:
+    """Whether something is a traced value; ``isinstance`` means another thing to who is traced."""
+    return issubclass(type(item), Value)
+
+
 def values_in(argument: Any) -> list[Value]:
     """The traced values among nested arguments."""
     found: list[Value] = []
     pending = [argument]
     while pending:
         item = pending.pop()
-        if issubclass(type(item), Value):
+        if is_value(item):
             found.append(item)
         elif type(item) is slice:
             pending.extend((item.start, item.stop, item.step))

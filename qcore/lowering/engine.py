@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcore import ops
 from qcore.fx.graph_module import (
     QGraphModule,
     get_attribute,
@@ -33,10 +32,6 @@ from qcore.lowering.lowered import Lowered
 #: What a compiled subgraph is: a function of its input tensors that gives its output tensors, in order.
 Compiled = Callable[..., Sequence[Tensor]]
 Compiler = Callable[[QGraphModule, tuple[Example, ...]], Compiled]
-
-_OWN = (
-    ops.quantize_per_tensor, ops.dequantize_per_tensor, ops.dequantize_per_channel, ops.dynamic_quantize_dequantize,
-)  # fmt: skip
 
 
 class EngineCall(nn.Module):
@@ -176,7 +171,7 @@ def _reads_tensors(node: fx.Node) -> bool:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return "example" in node.meta or node.op == "get_attr" or node.target in _OWN
+    return "example" in node.meta
 
 
 def _outer_graph(

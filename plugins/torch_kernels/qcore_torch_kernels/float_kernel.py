@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qcore.fx.operators import Operator, activation_inputs, operator_named, operator_of
-from qcore.lowering import BoundaryBuilder, LoweringRule, QuantizedCall
+from qcore.fx.operators import activation_inputs, operator_named, operator_of
+from qcore.lowering import BoundaryBuilder, QuantizedCall
 
 
 class FloatKernel(nn.Module):
@@ -47,11 +47,6 @@ class FloatKernel(nn.Module):
         args = fx.node.map_aggregate(self.places, lambda a: values[a.number] if isinstance(a, _Place) else a)
         result: Tensor = self.enter(operator_named(self.operator).function(*args))
         return result
-
-    @staticmethod
-    def rule(operator: Operator, enter: BoundaryBuilder, leave: BoundaryBuilder) -> LoweringRule:
-        """The rule that computes ``operator`` this way."""
-        return LoweringRule(operator, lambda call: FloatKernel(call, enter, leave), takes_computed=True)
 
 
 @dataclass(frozen=True)

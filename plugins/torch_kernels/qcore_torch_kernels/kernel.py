@@ -5,13 +5,12 @@ besides (packed weights, Python numbers, bounds) is made of them when first need
 """
 
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
@@ -152,7 +151,7 @@ class KernelModule(nn.Module):
         needing = needing_gradient(*inputs) if torch.is_grad_enabled() else None
         with torch.no_grad():
             result = run(*map(ops.as_float32, inputs))
-        return without_gradient(result, needing)
+        return without_gradient(result, needing)  # type: ignore[no-any-return]
 
     def packed(self) -> Any:
         """What ``pack`` gave, made once for a state; no two kernels of a process are packed at the same time."""
@@ -212,34 +211,6 @@ class KernelModule(nn.Module):
         return handle
 
 
-class PadKernel(KernelModule):
-    """Padding of plain integers by the one that stands for zero.
-
-    Args:
-        input: qparams of the input, which are the result's, too.
-        sizes: as ``F.pad`` takes them, with nodes for those that the graph computes.
-        computed: those nodes, in the order in which their values come after the input.
-    """
-
-    kernel_name = "pad on integers"
-
-    def __init__(self, input: QParams, sizes: Sequence[Any], computed: Sequence[fx.Node] = ()) -> None:
-        super().__init__()
-        self.add_qparams("input", input)
-        self.sizes = tuple(None if size in computed else size for size in sizes)
-        self.order = tuple(computed.index(size) for size in sizes if size in computed)
-
-    def pack(self) -> Callable[..., Tensor]:
-        """Torch's own with its constants bound."""
-        (_, zero_point), sizes, order = self.qparams("input"), self.sizes, self.order
-
-        def run(x: Tensor, *given: int) -> Tensor:
-            remaining = iter([given[place] for place in order])
-            return F.pad(x, [next(remaining) if size is None else size for size in sizes], "constant", zero_point)
-
-        return run
-
-
 def with_batch(run: Callable[..., Tensor], rank: int, width: int) -> Callable[..., Tensor]:
     """``run``, whose kernel takes batches only, on inputs with a batch or without.
 
@@ -268,23 +239,36 @@ class WeightKernel(KernelModule):
     """Base for kernels with a weight of int8 around zero: its state.
 
     Args:
-        weight: symmetric; its scale is kept per channel.
-        bias: float32.
+        weight: symmetric.
+        bias: float.
+
+    Attributes:
+        input_max: the largest integer that the activation takes.
+        keeps_scale: whether one scale for the whole weight is kept so, not as one for each channel.
+        out_axis: of the weight's output channels.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    input_max = 255
+    keeps_scale = False
+    out_axis = 0
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight.values)
-        self.register_buffer("weight_scale", weight.scale_per_channel.to(torch.float32))
-        self.register_buffer("bias", bias)
+        scale = weight.scale if self.keeps_scale else weight.scale_per_channel
+        self.register_buffer("weight_scale", scale.to(torch.float32))
+        self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
 
     def check_state(self) -> None:
-        """A weight may be loaded that no rule has seen."""
-        check_sums(self.weight)
+        """A weight may be loaded that no rule has seen.
+
+        Raises:
+            LoweringError: its sums could leave 32 bits.
+        """
+        check_sums(self.weight, self.input_max, self.out_axis)
 
     def extra_repr(self) -> str:
         """The weight's shape."""

@@ -11,10 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcore.errors import BackendUnavailableError
+from qcore.lowering import Declined
 from qcore.observer.min_max import PerChannelMinMaxObserver
 
 #: What the weights of a pair may add up to under activations of up to 255: 255 * 128 < 2**15.
 PAIR_LIMIT = 128
+
+
+#: A rule's answer to weights whose sums could saturate.
+SATURATES = Declined("weights could saturate in 16 bits on this CPU; use a PerChannelMinMaxObserver for them")
+
+
+def could_saturate(largest: int, input_max: int) -> bool:
+    """Whether a pair's products could leave 16 bits.
+
+    Args:
+        largest: what the weights of a pair add up to at most.
+        input_max: the largest integer that the activation takes.
+    """
+    return largest * input_max > 2**15 - 1
+
+
+def saturation_error(weight: Tensor) -> BackendUnavailableError:
+    """What to raise for a weight that was loaded into a kernel, where a rule would have declined it."""
+    return BackendUnavailableError(
+        f"a weight of shape {tuple(weight.shape)} was loaded whose sums could saturate in 16 bits on this CPU; "
+        "prepare and convert the model that it comes from here, or run its reference model"
+    )
 
 
 def largest_pair_sum(pairs: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 
 import torch
+from qcore_torch_kernels import shells
+from qcore_torch_kernels.elementwise import product_of, sum_of
 from qcore_torch_kernels.kernel import KernelModule
+from qcore_torch_kernels.shells import as_plain, as_quantized, bounded
 from torch import Tensor
 
 from qcore.lowering import QParams
 from qcore_x86_onednn import kernels
-from qcore_x86_onednn.integers import bounded
 
 
 class _Binary(KernelModule):
@@ -19,52 +21,49 @@ class _Binary(KernelModule):
         first: qparams of the first input.
         second: qparams of the second input.
         output: qparams of the result.
+
+    Attributes:
+        function: in float.
+        of_quantized: of two quantized tensors, and scale and zero point of the result.
     """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    of_quantized: Callable[[Tensor, Tensor, float, int], Tensor]
 
     def __init__(self, first: QParams, second: QParams, output: QParams) -> None:
         super().__init__()
         for name, qparams in (("first", first), ("second", second), ("output", output)):
             self.add_qparams(name, qparams)
 
-    def in_float(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The computation without quantized kernels."""
+    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function with its constants bound."""
         first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
+        function, of_quantized = self.function, self.of_quantized
 
         def run(a: Tensor, b: Tensor) -> Tensor:
-            return kernels.quantize(function(kernels.dequantize(a, *first), kernels.dequantize(b, *second)), *output)
+            if not shells.HAS_QUANTIZED:
+                result = function(kernels.dequantize(a, *first), kernels.dequantize(b, *second))
+                return kernels.quantize(result, *output)
+            return as_plain(of_quantized(as_quantized(a, *first), as_quantized(b, *second), *output))
 
         return bounded(run, self.bounds("output"))
 
 
 class QAdd(_Binary):
-    """A sum of two activations, of the same shape or broadcast."""
+    """A sum of two activations, of the same shape or broadcast.
+
+    Not ``onednn::qadd``, which is slower and wrong for mixed layouts.
+    """
 
     kernel_name = "quantized::add"
-
-    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The kernel with its constants bound; not ``onednn::qadd``, which is slower and wrong for mixed layouts."""
-        in_float = self.in_float(torch.add)
-        if not kernels.has_quantized():
-            return in_float
-        qparams = self.qparams("first"), self.qparams("second"), self.qparams("output")
-
-        def run(a: Tensor, b: Tensor) -> Tensor:
-            return kernels.add(a, b, *qparams) if a.shape == b.shape else in_float(a, b)
-
-        return bounded(run, self.bounds("output"))
+    function, of_quantized = staticmethod(torch.add), staticmethod(sum_of)
 
 
 class QMul(_Binary):
     """A product of two activations, of the same shape or broadcast."""
 
     kernel_name = "quantized::mul"
-
-    def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The kernel with its constants bound."""
-        if not kernels.has_quantized():
-            return self.in_float(torch.mul)
-        first, second, output = self.qparams("first"), self.qparams("second"), self.qparams("output")
-        return bounded(lambda a, b: kernels.mul(a, b, first, second, output), self.bounds("output"))
+    function, of_quantized = staticmethod(torch.mul), staticmethod(product_of)
 
 
 class QMean(KernelModule):

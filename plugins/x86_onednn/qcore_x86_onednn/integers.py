@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor
 
 from qcore.lowering import QParams, QuantizedWeight
@@ -41,51 +38,3 @@ def is_exact_at_the_ends(run: Callable[[Tensor], Tensor], window: list[int]) -> 
     """Whether such a kernel adds up all that it should for activations of 255."""
     x = torch.full((2, 16, *window), 255, dtype=torch.uint8)
     return bool((run(x) == 127 * 255 * 16 * math.prod(window)).all())
-
-
-def bounded(run: Callable[..., Tensor], bounds: tuple[int, int] | None) -> Callable[..., Tensor]:
-    """A kernel's results cut to the smallest and the largest integer that they may take."""
-    if bounds is None:
-        return run
-    low, high = bounds
-    return lambda *inputs: run(*inputs).clamp_(low, high)
-
-
-class QNearest(KernelModule):
-    """Interpolation that only repeats or drops elements, on integers as they are.
-
-    Args:
-        size: of the result.
-        scale_factor: if there is no size.
-        mode: ``"nearest"`` or ``"nearest-exact"``.
-    """
-
-    kernel_name = "interpolate on integers"
-
-    def __init__(self, size: Any, scale_factor: Any, mode: str) -> None:
-        super().__init__()
-        self.arguments = (size, scale_factor, mode)
-
-    def pack(self) -> Callable[[Tensor], Tensor]:
-        """Torch's own."""
-        arguments = self.arguments
-        return lambda x: F.interpolate(x, *arguments)
-
-
-class QClamp(KernelModule):
-    """A clamp on integers as they are.
-
-    Args:
-        output: qparams of input and result, with the bounds as their clamp.
-    """
-
-    kernel_name = "clamp on integers"
-
-    def __init__(self, output: QParams) -> None:
-        super().__init__()
-        self.add_qparams("output", output)
-
-    def pack(self) -> Callable[[Tensor], Tensor]:
-        """Torch's own."""
-        low, high = self.bounds("output") or (0, 255)
-        return lambda x: x.clamp(low, high)

@@ -9,24 +9,22 @@ take their place.
 
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from qcore_torch_kernels.broadcast import factors
-from qcore_torch_kernels.kernel import PACKING, KernelModule, WeightKernel, with_batch
-from qcore_torch_kernels.sums import check_sums
+from qcore_torch_kernels import pair_limited, shells
+from qcore_torch_kernels.engines import engine, has_engine
+from qcore_torch_kernels.kernel import KernelModule, WeightKernel, with_batch
+from qcore_torch_kernels.shells import DTYPE, as_plain, as_quantized, bounded, quantized_weight
 from torch import Tensor
 
 from qcore import ops
-from qcore.errors import BackendUnavailableError
 from qcore.lowering import QParams, QuantizedWeight
 from qcore_x86_onednn.by_shape import by_shape
 from qcore_x86_onednn.engines import engine_of_conv, limits
-from qcore_x86_onednn.integers import all_weights_127, bounded, is_exact_at_the_ends, merge_groups
+from qcore_x86_onednn.integers import all_weights_127, is_exact_at_the_ends, merge_groups
 from qcore_x86_onednn.observers import largest_sum
 from qcore_x86_onednn.windows import Geometry, in_any_windows, rewriting
 
@@ -40,22 +38,6 @@ _NEEDED = (
     "qlinear_pointwise",
     "qlinear_prepack",
 )
-
-_QUANTIZED_DTYPE: torch.dtype = getattr(torch, "quint8", torch.uint8)
-
-_HAS_QUANTIZED = (
-    torch.uint8 != _QUANTIZED_DTYPE
-    and hasattr(torch, "_empty_affine_quantized")
-    and hasattr(torch, "quantize_per_tensor")
-    and hasattr(torch.ops.quantized, "max_pool2d")
-)
-
-if _HAS_QUANTIZED:
-    with warnings.catch_warnings():
-        # torch says once in a process that quantized dtypes are deprecated; users of qcore needn't hear it.
-        warnings.simplefilter("ignore")
-        torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=_QUANTIZED_DTYPE)
-        torch.quantize_per_tensor(torch.zeros(1, dtype=torch.float32), 1.0, 0, _QUANTIZED_DTYPE)
 
 
 #: Stride, padding, dilation and groups of a convolution that says nothing of them.
@@ -85,16 +67,6 @@ def measure_saturation() -> bool:
     return not all(map(is_exact_at_the_ends, runs, ([], [1, 1], [3, 3])))
 
 
-def has_quantized() -> bool:
-    """Whether this torch still has quantized tensors, and kernels for them."""
-    return _HAS_QUANTIZED
-
-
-def has_engine(name: str) -> bool:
-    """Whether torch's quantized kernels are there, and this engine of them."""
-    return _HAS_QUANTIZED and name in torch.backends.quantized.supported_engines
-
-
 @functools.cache
 def is_exact(name: str) -> bool:
     """Whether an engine is there and its matrix products lose nothing.
@@ -106,19 +78,6 @@ def is_exact(name: str) -> bool:
     return not has_vnni() or is_exact_at_the_ends(QLinear(*all_weights_127([]))._run_of_engine(name), [])
 
 
-@contextmanager
-def _engine(name: str) -> Iterator[None]:
-    """Pack weights for an engine: it is a setting of the process, and put back. A packed weight remembers its own."""
-    with PACKING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = name
-        try:
-            yield
-        finally:
-            torch.backends.quantized.engine = before
-
-
 def could_saturate(weight: Tensor, input_max: int) -> bool:
     """Whether a pair of products could overflow 16 bits on this CPU.
 
@@ -126,57 +85,22 @@ def could_saturate(weight: Tensor, input_max: int) -> bool:
         weight: int8, (out, in, ...).
         input_max: the largest integer that the activation takes.
     """
-    return not has_vnni() and largest_sum(weight) * input_max > 2**15 - 1
-
-
-def as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the storage of a plain one."""
-    shell = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-
-
-def as_plain(x: Tensor) -> Tensor:
-    """A plain tensor on the storage of a quantized one."""
-    shell = torch.empty(0, dtype=torch.uint8)
-    return shell.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    return not has_vnni() and pair_limited.could_saturate(largest_sum(weight), input_max)
 
 
 def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Float to uint8."""
-    if not _HAS_QUANTIZED:
+    if not shells.HAS_QUANTIZED:
         arguments = torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point), 0, 255, torch.uint8
         return ops.quantize_per_tensor(x, *arguments)  # type: ignore[no-any-return]
-    return as_plain(torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE))
+    return as_plain(torch.quantize_per_tensor(x, scale, zero_point, DTYPE))
 
 
 def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """uint8 to float."""
-    if not _HAS_QUANTIZED:
+    if not shells.HAS_QUANTIZED:
         return ops.dequantize_per_tensor(x, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point))  # type: ignore[no-any-return]
     return as_quantized(x, scale, zero_point).dequantize()
-
-
-def add(
-    a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
-) -> Tensor:
-    """A sum of two tensors of the same shape; the qparams are scales and zero points."""
-    layout = torch.channels_last if a.dim() == 4 else torch.contiguous_format
-    scale, zero_point = qparams
-    out = torch._empty_affine_quantized(
-        a.shape, scale=scale, zero_point=zero_point, dtype=_QUANTIZED_DTYPE, memory_format=layout
-    )
-    # The form with an output doesn't look at the process's quantized engine.
-    torch.ops.quantized.add.out(as_quantized(a, *a_qparams), as_quantized(b, *b_qparams), out)
-    return as_plain(out)
-
-
-def mul(
-    a: Tensor, b: Tensor, a_qparams: tuple[float, int], b_qparams: tuple[float, int], qparams: tuple[float, int]
-) -> Tensor:
-    """A product of two tensors that broadcast; the qparams are scales and zero points."""
-    return as_plain(
-        torch.ops.quantized.mul.default(*factors(as_quantized(a, *a_qparams), as_quantized(b, *b_qparams)), *qparams)
-    )
 
 
 class Quantize(KernelModule):
@@ -201,7 +125,7 @@ class Quantize(KernelModule):
 
         def run(x: Tensor) -> Tensor:
             is_image = x.dim() == 4 and 2 <= x.shape[1] <= 4 and x.is_contiguous() and x.numel() > 0
-            q = torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED_DTYPE)
+            q = torch.quantize_per_tensor(x, scale, zero_point, DTYPE)
             return as_plain(_interleaved(q) if is_image else q)
 
         return bounded(run, bounds)
@@ -256,7 +180,7 @@ class _Weighted(WeightKernel):
         output: QParams | None,
         given: tuple[str, list[float], str],
     ) -> None:
-        super().__init__(weight, None if bias is None else bias.to(torch.float32))
+        super().__init__(weight, bias)
         self.add_qparams("input", input)
         self.given = given
         self.input_max = input.quant_max
@@ -309,12 +233,6 @@ class _Weighted(WeightKernel):
         bias = -taken if self.bias is None else self.bias.to(torch.float64) - taken
         return scale, 0, bias.to(torch.float32)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight as the packing functions of torch's engines take it."""
-        weight = self.kernel_weight()
-        zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
-        return torch._make_per_channel_quantized_tensor(weight, self.weight_scale.double(), zero_points, 0)
-
     @property
     def is_bare(self) -> bool:
         """Whether there is no activation but what every kernel knows."""
@@ -338,12 +256,9 @@ class _Weighted(WeightKernel):
             BackendUnavailableError: the model comes from a CPU with other instructions, and its weights could saturate
                 here.
         """
-        check_sums(self.weight, self.input_max)
+        super().check_state()
         if could_saturate(self.kernel_weight(), self.input_max):
-            raise BackendUnavailableError(
-                "This model or its state comes from a CPU with VNNI instructions. On this CPU, which has none, sums of "
-                "its weights could saturate in 16 bits; prepare and convert it here, or run its reference model"
-            )
+            raise pair_limited.saturation_error(self.weight)
 
     @property
     def knows_relu(self) -> bool:
@@ -446,8 +361,10 @@ class QConv(_Weighted):
 
     def _packed_of_engine(self, shape: torch.Size, bias: Tensor | None) -> Any:
         """What the engine's kernels take; it prepares its kernel for the first shape that it meets."""
-        with _engine(self.engine(shape)):
-            return _QUANTIZED.conv2d_prepack(self.quantized_weight(), bias, *self._geometry())
+        with engine(self.engine(shape)):
+            return _QUANTIZED.conv2d_prepack(
+                quantized_weight(self.kernel_weight(), self.weight_scale), bias, *self._geometry()
+            )
 
     def pack(self) -> Callable[..., Tensor]:
         """The kernel with its constants bound."""
@@ -583,8 +500,8 @@ class QLinear(_Weighted):
         return bounded(with_batch(run, 2, inputs), self.cuts)
 
     def _run_of_engine(self, name: str = "fbgemm") -> Callable[[Tensor], Tensor]:
-        with _engine(name):
-            packed = _QUANTIZED.linear_prepack(self.quantized_weight(), self.bias)
+        with engine(name):
+            packed = _QUANTIZED.linear_prepack(quantized_weight(self.kernel_weight(), self.weight_scale), self.bias)
         input, (scale, zero_point, dtype) = self.qparams("input"), self.output_arguments()
         if dtype == torch.uint8 and self.is_bare:
             kernel = getattr(_QUANTIZED, f"linear{self.relu}").default
@@ -661,7 +578,7 @@ class QMaxPool2d(KernelModule):
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The kernel with its constants bound."""
         geometry = self.geometry
-        if _HAS_QUANTIZED:
+        if shells.HAS_QUANTIZED:
             kernel = torch.ops.quantized.max_pool2d.default
             # The kernel wants a batch.
             return lambda x: kernel(x, *geometry) if x.dim() == 4 else kernel(x.unsqueeze(0), *geometry).squeeze(0)

@@ -4,21 +4,20 @@ import platform
 from collections.abc import Mapping, Sequence
 
 import torch
+from qcore_torch_kernels.configs import default_mapping
 from qcore_torch_kernels.graph import lower
 
 from qcore.backend_config import BackendConfig
-from qcore.dtypes import QScheme
 from qcore.fx.fuse import FusionPattern
 from qcore.fx.graph_module import QGraphModule
 from qcore.lowering import Lowered
-from qcore.observer import HistogramObserver, ObserverBase, PerChannelMinMaxObserver
+from qcore.observer import ObserverBase
 from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
-from qcore.qconfig import QConfig
 from qcore.qconfig_mapping import QConfigMapping
 from qcore_x86_onednn import kernels
 from qcore_x86_onednn.backend_config import backend_config
 from qcore_x86_onednn.fusion import FUSION_PATTERNS
-from qcore_x86_onednn.lowering import RULES
+from qcore_x86_onednn.lowering import IN_FLOAT, RULES
 from qcore_x86_onednn.observers import stand_ins
 
 
@@ -62,13 +61,10 @@ def qcore_observers() -> Mapping[type[ObserverBase], type[ObserverBase]]:
 @hookimpl
 def qcore_default_qconfig_mapping(version: int) -> QConfigMapping:
     """uint8 activations by least squared error, int8 weights per channel whose rounding keeps each channel's sum."""
-    weight = PerChannelMinMaxObserver.with_args(
-        dtype=torch.int8, qscheme=QScheme.per_channel_symmetric, rounding="sum_preserving"
-    )
-    return QConfigMapping().set_global(QConfig(HistogramObserver.with_args(), weight))
+    return default_mapping()
 
 
 @hookimpl
 def qcore_lower(model: QGraphModule) -> Lowered:
     """By the table of rules in ``lowering.py``."""
-    return lower(model, RULES, enter=kernels.Quantize, leave=kernels.Dequantize)
+    return lower(model, RULES, enter=IN_FLOAT.enter, leave=IN_FLOAT.leave)

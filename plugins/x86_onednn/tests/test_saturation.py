@@ -1,59 +1,37 @@
 """Sums of pairs in 16 bits: which weights the kernels pair, and that nothing that could saturate gets to a kernel."""
 
 import copy
-import itertools
-import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from qcore_torch_kernels.pair_limited import largest_pair_sum
+from qcore_torch_kernels.testing import LAYERS, SaturationSuite, two_weights
 from qcore_x86_onednn import kernels
 from qcore_x86_onednn.backend_config import backend_config
 from qcore_x86_onednn.observers import SaturationFreePerChannelMinMaxObserver, input_channel_pairs, largest_sum
 from qcore_x86_onednn.plugin import qcore_observers
 from torch import Tensor, nn
 
-import qcore
 from qcore.dtypes import QScheme
 from qcore.errors import BackendUnavailableError
 from qcore.fx.operators import LINEAR
 from qcore.lowering import QParams, QuantizedWeight
-from qcore.observer import MinMaxObserver, PerChannelMinMaxObserver
-from qcore.testing import steps_apart
+from qcore.observer import PerChannelMinMaxObserver
 
 pytestmark = pytest.mark.skipif(bool(kernels.missing_kernels()), reason="no oneDNN here")
 
 NO_ACTIVATION = ("none", [], "")
 UNIT = QParams(1.0, 0, 0, 255, torch.uint8)
 
-#: Weight's shape and groups: plain, pointwise, grouped, depthwise kernels, and a linear layer.
-LAYERS = [
-    ((8, 3, 3, 3), 1),
-    ((32, 5, 2, 2), 1),
-    ((8, 17, 1, 1), 1),
-    ((8, 1, 3, 3), 1),
-    ((16, 8, 2, 2), 2),
-    ((12, 3, 3, 3), 4),
-    ((16, 4, 3, 3), 4),
-    ((8, 1, 3, 3), 8),
-    ((16, 1, 3, 3), 8),
-    ((17, 1, 3, 3), 17),
-    ((8, 5, 3), 1),
-    ((8, 1, 5), 8),
-    ((16, 3, 2, 2, 2), 1),
-    ((8, 1, 3, 3, 3), 8),
-    ((8, 33), 1),
-    ((1, 12), 1),
-]
 
+class TestSaturation(SaturationSuite):
+    backend = "x86_onednn"
+    observer = SaturationFreePerChannelMinMaxObserver
 
-def two_weights(shape: tuple[int, ...], value: int) -> Tensor:
-    """Weights that are ``value`` at two places and 0 elsewhere, for all pairs of places: (pairs, *shape[1:])."""
-    places = torch.tensor(list(itertools.combinations(range(math.prod(shape[1:])), 2)))
-    rows = torch.zeros(len(places), math.prod(shape[1:]), dtype=torch.int8)
-    return rows.scatter_(1, places, value).view(-1, *shape[1:])
+    def adds_pairs(self, is_depthwise: bool) -> bool:
+        return not is_depthwise and not kernels.has_vnni()
 
 
 def real_result(weight: Tensor, groups: int, x: Tensor, merged: int = 1) -> Tensor:
@@ -104,25 +82,6 @@ def test_sums_are_exact_at_the_bound(shape: tuple[int, ...], groups: int):
     assert torch.equal(real_result(weight, groups, x), exact_result(weight, groups, x))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "sum_preserving"])
-@pytest.mark.parametrize(("shape", "groups"), LAYERS, ids=str)
-def test_the_observer_grows_only_channels_that_need_it(shape: tuple[int, ...], groups: int, rounding: str):
-    torch.manual_seed(0)
-    weight = torch.randn(shape)
-    weight[0] = 1.0
-    arguments = {"dtype": torch.int8, "qscheme": QScheme.per_channel_symmetric, "rounding": rounding}
-    plain, own = PerChannelMinMaxObserver(**arguments), SaturationFreePerChannelMinMaxObserver(**arguments)
-    plain(weight), own(weight)
-    before = largest_pair_sum(input_channel_pairs(plain.quantize(weight)))
-    after = largest_pair_sum(input_channel_pairs(own.quantize(weight)))
-    growth = own.calculate_qparams()[0] / plain.calculate_qparams()[0]
-    assert (after <= 128).all()
-    assert torch.equal(growth > 1, before > 128)
-    # By no more than it takes: the pair that made a channel grow comes close to the bound.
-    assert (after[growth > 1] >= 124).all()
-    assert shape[1] == 1 or growth[0] > 1.9
-
-
 def test_own_observers_only_where_pairs_saturate(monkeypatch: pytest.MonkeyPatch):
     for has_vnni in (False, True):
         monkeypatch.setattr(kernels, "has_vnni", lambda has_vnni=has_vnni: has_vnni)
@@ -161,49 +120,12 @@ def test_without_the_instructions_the_kernels_are_not_asked(monkeypatch: pytest.
     assert not kernels.has_vnni()
 
 
-class _Own(PerChannelMinMaxObserver):
-    """An observer that the backend doesn't know."""
-
-
-OWN = _Own.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
-
-
-def convert(model: nn.Module, x: Tensor, activation: object = MinMaxObserver) -> tuple[str, float, nn.Module]:
-    """The reason in the plan, the distance from the reference in steps, and the converted model."""
-    mapping = qcore.QConfigMapping().set_global(qcore.QConfig(activation, OWN))
-    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="x86_onednn")
-    with torch.no_grad():
-        prepared(x)
-        reference, converted = qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)
-        (decision,) = qcore.explain(converted).quantized
-        return decision.reason, steps_apart(reference, reference(x), converted(x))[0], converted
-
-
-def constant(model: nn.Module) -> nn.Module:
-    """One layer with all weights at the end of their range."""
-    nn.init.constant_(model.weight, 0.5)
-    return nn.Sequential(model)
-
-
-@pytest.mark.parametrize("is_depthwise", [False, True])
-def test_what_could_saturate_is_declined_and_right(is_depthwise: bool):
-    model = constant(nn.Conv2d(8, 8, 3, groups=8 if is_depthwise else 1))
-    reason, apart, _ = convert(model, torch.rand(2, 8, 5, 5))
-    assert ("could saturate" in reason) == (not is_depthwise and not kernels.has_vnni())
-    assert apart <= 1.01
-
-
-def test_activations_of_7_bits_take_weights_of_8():
-    seven_bits = MinMaxObserver.with_args(reduce_range=True)
-    reason, apart, _ = convert(constant(nn.Conv2d(8, 8, 3)), torch.rand(2, 8, 5, 5), seven_bits)
-    assert not reason and apart <= 1.01
-
-
 @pytest.mark.parametrize("model", [nn.Conv2d(8, 8, 1), nn.Linear(8, 8)], ids=lambda model: type(model).__name__)
 def test_a_model_from_another_cpu_refuses_to_be_wrong(monkeypatch: pytest.MonkeyPatch, model: nn.Module):
     x = torch.rand(2, 8) if isinstance(model, nn.Linear) else torch.rand(2, 8, 4, 4)
     monkeypatch.setattr(kernels, "has_vnni", lambda: True)
-    _, _, converted = convert(constant(model), x)
+    nn.init.constant_(model.weight, 0.5)
+    _, _, converted = TestSaturation().converted(model, x)
     monkeypatch.setattr(kernels, "has_vnni", lambda: False)
     with pytest.raises(BackendUnavailableError, match="could saturate"):
         copy.deepcopy(converted)(x)
@@ -239,9 +161,9 @@ def test_groups_are_merged_where_that_is_faster_and_exact():
         model = nn.Conv2d(20, 20, 1, groups=4)
         nn.init.zeros_(model.weight)
         model.weight.data[:, large] = 0.5
-        reason, apart, converted = convert(nn.Sequential(model), x)
+        reason, apart, converted = TestSaturation().converted(model, x)
         (kernel,) = [module for module in converted.modules() if isinstance(module, kernels.QConv)]
         assert not reason and apart <= 1.01 and kernel.merging() == merged
-    _, _, converted = convert(nn.Sequential(nn.Conv2d(20, 20, 3, groups=20)), x)
+    _, _, converted = TestSaturation().converted(nn.Conv2d(20, 20, 3, groups=20), x)
     (kernel,) = [module for module in converted.modules() if isinstance(module, kernels.QConv)]
     assert kernel.merging() == 1

@@ -1,6 +1,6 @@
 """Which recording stands for which call of a converted model.
 
-The first call of a form (shapes, strides and dtypes of the tensors, everything else by value) runs as it is written.
+The first call of a kind (shapes, strides and dtypes of the tensors, everything else by value) runs as it is written.
 The second is recorded, and the recording must give the same to the last bit before it is used from the third on.
 Whatever a recording can't know (hooks, gradients, tracing, other weights, a kernel packed anew) sends a call back to
 the model.
@@ -27,8 +27,8 @@ from qcore_torch_kernels.replay.memory import keep_freed_memory
 from qcore_torch_kernels.replay.recording import NotReplayableError, Recording, record
 from qcore_torch_kernels.replay.straight_line import as_function
 
-#: How many forms of calls a model keeps recordings of; further ones run as they are written. A recording costs as much
-#: as some ten calls, so with ever new forms it wouldn't pay to let old ones go.
+#: How many kinds of calls a model keeps recordings of; further ones run as they are written. A recording costs as much
+#: as some ten calls, so with ever new kinds it wouldn't pay to let old ones go.
 MAX_KINDS = 16
 
 _STRIDED = torch.strided
@@ -135,7 +135,7 @@ class Executor(Runner):
 
     @property
     def replayed_kinds(self) -> int:
-        """For how many forms of calls there is a recording that was proven."""
+        """For how many kinds of calls there is a recording that was proven."""
         return sum(program is not None for program in self.programs.values())
 
     def start_anew(self) -> None:
@@ -162,7 +162,7 @@ class Executor(Runner):
         self.training = self.module.training
 
     def run_unknown(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        """A call for which there is no program: note its form, or record it if the form was noted before."""
+        """A call for which there is no program: note its kind, or record it if the kind was noted before."""
         programs, seen = self.programs, self.seen
         is_full = len(programs) >= MAX_KINDS
         if key not in seen and not is_full:
@@ -179,7 +179,7 @@ class Executor(Runner):
             result, recording = record(lambda: self.forward(self.module, *args, **kwargs), tensors)
         except NotReplayableError:
             return self.run(*args, **kwargs)
-        except BaseException:  # The call's own error, or an interruption, says nothing of the form.
+        except BaseException:  # The call's own error, or an interruption, says nothing of the kind.
             programs.pop(key, None)
             raise
 
@@ -263,7 +263,7 @@ def _is_torch_function(function: Any) -> bool:
 
 
 def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """Arguments with other tensors, in the order in which ``_form`` finds them."""
+    """Arguments with other tensors, in the order in which ``_key`` finds them."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, (tuple, list)):
@@ -314,7 +314,7 @@ def _proven(
 
 
 def _witness(tensor: Tensor) -> Tensor:
-    """A tensor of the same form with other data, elsewhere in its memory."""
+    """A tensor of the same kind with other data, elsewhere in its memory."""
     size, stride = tensor.shape, tensor.stride()
     if not tensor.numel() or any(step == 0 and length > 1 for length, step in zip(size, stride, strict=True)):
         return tensor

@@ -5,21 +5,20 @@ strides and dtypes, as long as nothing was decided by the data in them. Operator
 numbers, write into what they were given, or give results whose shape depends on data, are refused.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qcore.fx.dispatch import DispatchMode
 
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-_SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset
-_SET_TENSOR = torch.ops.aten.set_.source_Tensor_storage_offset
+_SET = torch.ops.aten.set_.source_Tensor_storage_offset
 #: Qparams of quantized tensors are numbers of the model, not data: what would compute them from data is refused.
 _READ_QPARAMS = (torch.ops.aten.q_scale.default, torch.ops.aten.q_zero_point.default)
 _COMPUTE_QPARAMS = ("aten::quantize_per_tensor_dynamic", "aten::quantize_per_tensor.tensor_qparams")
@@ -30,8 +29,8 @@ class NotReplayableError(Exception):
 
 
 @dataclass(frozen=True)
-class Value:
-    """Something that operators read or give: an input, a constant or a result.
+class Register:
+    """Where something lies that operators read or give: an input, a constant or a result.
 
     Attributes:
         number: counts up, inputs first.
@@ -41,14 +40,14 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Call:
+class Step:
     """One call of an operator.
 
     Attributes:
         operator: the overload.
-        args: positional arguments, with a :class:`Value` for every tensor and script object.
+        args: positional arguments, with a :class:`Register` for every tensor and script object.
         kwargs: keyword arguments, likewise.
-        results: what it gave: a :class:`Value`, or a list or tuple of them.
+        results: what it gave: a :class:`Register`, or a list or tuple of them.
     """
 
     operator: torch._ops.OpOverload[..., Any]
@@ -63,57 +62,57 @@ class Recording:
 
     Attributes:
         inputs: the tensors that it was given.
-        constants: tensors and script objects that it took from elsewhere, with their values.
-        calls: in order.
-        leaves: of the result: a :class:`Value` for each tensor, anything else as it is.
+        constants: tensors and script objects that it took from elsewhere, with their registers.
+        steps: in order.
+        leaves: of the result: a :class:`Register` for each tensor, anything else as it is.
         structure: of the result.
     """
 
-    inputs: tuple[Value, ...]
-    constants: tuple[tuple[Value, Any], ...]
-    calls: tuple[Call, ...]
+    inputs: tuple[Register, ...]
+    constants: tuple[tuple[Register, Any], ...]
+    steps: tuple[Step, ...]
     leaves: tuple[Any, ...]
     structure: TreeSpec
 
     @property
-    def results(self) -> tuple[Value, ...]:
+    def results(self) -> tuple[Register, ...]:
         """The tensors of the result."""
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Value))
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Register))
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """The result with these tensors in it."""
         remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, Value) else leaf for leaf in self.leaves]
+        leaves = [next(remaining) if isinstance(leaf, Register) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.structure)
 
 
-def values_read(call: Call) -> list[Value]:
-    """What a call reads, in order."""
-    found: list[Value] = []
+def registers_read(step: Step) -> list[Register]:
+    """What a step reads, in order."""
+    found: list[Register] = []
 
     def look(argument: Any) -> None:
-        if isinstance(argument, Value):
+        if isinstance(argument, Register):
             found.append(argument)
         elif isinstance(argument, (tuple, list)):
             for entry in argument:
                 look(entry)
 
-    look((call.args, tuple(call.kwargs.values())))
+    look((step.args, tuple(step.kwargs.values())))
     return found
 
 
-def values_given(call: Call) -> Sequence[Value]:
-    """What a call gives, in order."""
-    return [call.results] if isinstance(call.results, Value) else list(call.results)
+def registers_given(step: Step) -> Sequence[Register]:
+    """What a step gives, in order."""
+    return [step.results] if isinstance(step.results, Register) else list(step.results)
 
 
-def last_reads(recording: Recording) -> dict[Value, int]:
-    """The number of the last call that reads or gives a value, for what isn't a constant or a result."""
-    last: dict[Value, int] = {}
-    for number, call in enumerate(recording.calls):
-        last.update(dict.fromkeys((*values_read(call), *values_given(call)), number))
-    for value in (*(value for value, _ in recording.constants), *recording.results):
-        last.pop(value, None)
+def last_reads(recording: Recording) -> dict[Register, int]:
+    """The number of the last step that reads or gives a register, for what isn't a constant or a result."""
+    last: dict[Register, int] = {}
+    for number, step in enumerate(recording.steps):
+        last.update(dict.fromkeys((*registers_read(step), *registers_given(step)), number))
+    for register in (*(register for register, _ in recording.constants), *recording.results):
+        last.pop(register, None)
     return last
 
 
@@ -137,119 +136,143 @@ def record(function: Callable[[], Any], inputs: Sequence[Tensor]) -> tuple[Any, 
     return result, recorder.recording(result)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Memory:
-    """What is known of a storage.
+    """Tensors of one shape and layout that show the same memory, as kernels said when they made them.
 
     Attributes:
-        storage: a reference, which keeps its place from being taken by a later one.
-        lodgers: the value that shows it in some way, by that way; the first one first.
+        first: the register of the one that was there first.
+        storage: what tells the memory from others.
+        shown: the register of each, by how it shows the memory.
     """
 
-    storage: StorageWeakRef
-    lodgers: dict[Any, Value]
+    first: Register
+    storage: int
+    shown: dict[Any, Register]
+
+
+_recorders = threading.local()
+
+
+def show(shell: Tensor, source: Tensor) -> Tensor:
+    """Let ``shell``, an empty tensor, show the memory of ``source``; and a recording know of it.
+
+    Only so do two tensors on one memory stay one value in a recording, as those of torch's quantized and plain
+    operators: what one kernel unwraps and the next wraps again costs nothing then.
+
+    Args:
+        shell: a new one without elements; elements of its dtype are as large as those of ``source``.
+        source: gives memory, shape and strides.
+
+    Returns:
+        ``shell``.
+    """
+    recorder: _Recorder | None = getattr(_recorders, "active", None)
+    return _placed(shell, source) if recorder is None else recorder.show(shell, source)
+
+
+def _placed(shell: Tensor, source: Tensor) -> Tensor:
+    return shell.set_(source.untyped_storage(), source.storage_offset(), source.size(), source.stride())
 
 
 class _Recorder(DispatchMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.count = 0
-        self.values = WeakIdKeyDictionary()
-        self.constants: list[tuple[Value, Any]] = []
-        self.calls: list[Call] = []
-        self.given: set[int] = set()
-        self.memories: dict[int, _Memory] = {}
-        self.shared: set[Value] = set()
+        self.registers = WeakIdKeyDictionary()
+        self.constants: list[tuple[Register, Any]] = []
+        self.steps: list[Step] = []
+        self.memories: dict[Register, _Memory] = {}
+        self.is_placing = False
         self.inputs = tuple(self.new(tensor) for tensor in inputs)
-        for tensor in inputs:
-            self.given.add(_storage(tensor))
+        self.given = {_storage(tensor) for tensor in inputs}
 
-    def new(self, thing: Any) -> Value:
-        """The value that a tensor or script object is from now on: a first one, or another after a change in place."""
-        before = self.values.get(thing)
-        value = self.values[thing] = Value(self.count)
+    def __enter__(self) -> Self:
+        self.outer, _recorders.active = getattr(_recorders, "active", None), self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _recorders.active = self.outer
+
+    def new(self, thing: Any = None) -> Register:
+        """The register that a tensor or script object has from now on: a first one, or another after a change."""
+        register = Register(self.count)
         self.count += 1
-        storage = _storage(thing)
-        if storage:
-            if storage not in self.memories:
-                self.memories[storage] = _Memory(StorageWeakRef(thing.untyped_storage()), {})
-            lodgers = self.memories[storage].lodgers
-            if before in lodgers.values():  # Changed in place, perhaps to other qparams.
-                lodgers.clear()
-            lodgers[_appearance(thing)] = value
-        return value
+        if thing is not None:
+            self.registers[thing] = register
+        return register
 
-    def known(self, thing: Tensor) -> Value | None:
-        """The value of a tensor that shows the same memory in the same way."""
-        memory = self.memories.get(_storage(thing))
-        return memory.lodgers.get(_appearance(thing)) if memory else None
+    def step(self, operator: Any, *args: Any, **kwargs: Any) -> Register:
+        """A step that no operator of the call takes; gives the register of its result."""
+        register = self.new()
+        self.steps.append(Step(operator, args, kwargs, register))
+        return register
 
-    def forget(self, function: Any, thing: Tensor) -> None:
-        """A tensor is going to show other memory, or the same in another way."""
-        value = self.values.get(thing)
-        if value in self.shared:
-            raise NotReplayableError(f"{function} changes the shape of a tensor that stands for two")
-        memory = self.memories.get(_storage(thing))
-        lodgers = memory.lodgers if memory else {}
-        for appearance in [appearance for appearance, lodger in lodgers.items() if lodger == value]:
-            del lodgers[appearance]
+    def show(self, shell: Tensor, source: Tensor) -> Tensor:
+        """See the function of this name."""
+        empty = self.registers.get(shell)
+        if empty is None or empty in self.memories:
+            raise NotReplayableError("a tensor that shows other memory than before stands for two")
+        self.is_placing = True
+        try:
+            _placed(shell, source)
+            first, how = self.read(source), _how_it_shows(shell)
+            memory = self.memories.get(first)
+            if memory is None:
+                memory = self.memories[first] = _Memory(first, _storage(source), {_how_it_shows(source): first})
+        finally:
+            self.is_placing = False
+        if how not in memory.shown:
+            memory.shown[how] = self.around(empty, memory.first, source, shell)
+            self.memories[memory.shown[how]] = memory
+        self.registers[shell] = memory.shown[how]
+        return shell
+
+    def around(self, empty: Register, memory: Register, source: Tensor, shown: Tensor) -> Register:
+        """The steps that make a shell around memory, as no recording can hold a storage.
+
+        Args:
+            empty: the shell.
+            memory: of what has the memory.
+            source: the tensor that ``memory`` stands for, or one of its shape and layout.
+            shown: as which the shell shows it.
+        """
+        row = memory
+        if not source.is_contiguous() or source.storage_offset():
+            size = [source.untyped_storage().nbytes() // source.itemsize]
+            row = self.step(torch.ops.aten.as_strided.default, memory, size, [1], 0)
+        return self.step(_SET, empty, row, shown.storage_offset(), [*shown.shape], [*shown.stride()])
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _READ_QPARAMS:
-            return function(*args)
+        if self.is_placing or function in _READ_QPARAMS:
+            return function(*args, **kwargs)
         if function is torch.ops.aten.lift_fresh.default:
             # A tensor that Python made of numbers: a fresh one at each call, which the caller may write into.
             made = function(*args)
-            self.calls.append(Call(torch.ops.aten.clone.default, (self.read(made.clone()),), {}, self.new(made)))
+            self.registers[made] = self.step(torch.ops.aten.clone.default, self.read(made.clone()))
             return made
         if function is torch.ops.aten.view.dtype:
             # TorchScript doesn't know it: said with a shell around the same memory.
-            seen = function(*args, **kwargs)
-            shell = torch.ops.aten.empty.memory_format, ([0],), {"dtype": seen.dtype, "device": seen.device}
-            place = args[0].untyped_storage(), seen.storage_offset(), seen.shape, seen.stride()
-            made = self.__torch_dispatch__(shell[0], types, *shell[1:])
-            return self.__torch_dispatch__(_SET_STORAGE, types, (made, *place))
-        if function is _SET_STORAGE:
-            function, args = _SET_TENSOR, (args[0], self.row(args[1]), *args[2:])
-        if torch.Tag.inplace_view in getattr(function, "tags", ()):
-            self.forget(function, args[0])
+            seen = function(*args)
+            empty = self.step(torch.ops.aten.empty.memory_format, [0], dtype=seen.dtype, device=seen.device)
+            self.registers[seen] = self.around(empty, self.read(args[0]), args[0], seen)
+            return seen
+        if torch.Tag.inplace_view in getattr(function, "tags", ()) and self.registers.get(args[0]) in self.memories:
+            raise NotReplayableError(f"{function} changes the shape of a tensor that stands for two")
         self.refuse_what_differs(function, args, kwargs)
         read = self.read(args), {name: self.read(value) for name, value in kwargs.items()}
         results = function(*args, **kwargs)
-        if function is _SET_TENSOR:
-            known = self.known(results)
-            if known is not None:
-                # A tensor was unwrapped and is wrapped once more: it is the same, and the recording says it once.
-                self.values[results] = known
-                self.shared.add(known)
-                return results
-        self.calls.append(Call(function, *read, self.given_back(function, results)))
+        self.steps.append(Step(function, *read, self.given_back(function, results)))
         return results
 
-    def row(self, storage: Any) -> Tensor:
-        """What stands for a storage, which no recording can hold: a row of all its elements.
-
-        The recording makes it of the first value that showed this memory, so that none between the two need be made for
-        it. Here bytes do: which elements they form doesn't matter to those who take the storage.
-        """
-        memory = self.memories.get(storage._cdata)
-        if memory is None or not memory.lodgers:
-            raise NotReplayableError("an operator takes memory that belongs to no tensor of the call")
-        (_, (dtype, *_), *_), first = next(iter(memory.lodgers.items()))
-        size = [storage.nbytes() // dtype.itemsize]
-        row = torch.empty(0, dtype=torch.uint8).set_(storage)
-        value = self.values[row] = Value(self.count)
-        self.count += 1
-        self.calls.append(Call(torch.ops.aten.as_strided.default, (first, size, [1], 0), {}, value))
-        return row
-
     def read(self, argument: Any) -> Any:
-        """An argument, with values in the place of tensors."""
+        """An argument, with registers in the place of tensors."""
         if isinstance(argument, (tuple, list)):
             return type(argument)(self.read(entry) for entry in argument)
         if isinstance(argument, (Tensor, torch.ScriptObject)):
-            found = self.values.get(argument)
+            found = self.registers.get(argument)
             if found is None:
                 found = self.new(argument)
                 self.constants.append((found, argument))
@@ -283,8 +306,14 @@ class _Recorder(DispatchMode):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                if is_written and isinstance(tensor, Tensor) and _is_given(tensor, self):
-                    raise NotReplayableError(f"{function} writes into a tensor that the call was given")
+                if is_written and isinstance(tensor, Tensor):
+                    if tensor not in self.registers or _storage(tensor) in self.given:
+                        raise NotReplayableError(f"{function} writes into a tensor that the call was given")
+                    self.forget(_storage(tensor))
+
+    def forget(self, storage: int) -> None:
+        """Memory is written into: who shows it again must come after that, and in a form that a compiler sees."""
+        self.memories = {register: m for register, m in self.memories.items() if m.storage != storage}
 
     def recording(self, result: Any) -> Recording:
         leaves, structure = tree_flatten(result)
@@ -294,8 +323,8 @@ class _Recorder(DispatchMode):
             elif not isinstance(leaf, _LITERALS):
                 raise NotReplayableError(f"the result holds a {type(leaf).__name__}")
         leaves = tree_map_only(Tensor, self.read, leaves)
-        calls = _living(self.calls, [leaf for leaf in leaves if isinstance(leaf, Value)])
-        return Recording(self.inputs, tuple(self.constants), calls, tuple(leaves), structure)
+        steps = _living(self.steps, [leaf for leaf in leaves if isinstance(leaf, Register)])
+        return Recording(self.inputs, tuple(self.constants), steps, tuple(leaves), structure)
 
 
 def _storage(thing: Any) -> int:
@@ -305,31 +334,21 @@ def _storage(thing: Any) -> int:
     return int(thing.untyped_storage()._cdata)
 
 
-def _appearance(thing: Tensor) -> Any:
-    """How a tensor shows its storage: two tensors on one storage that agree in this are the same to every operator."""
-    # A backend's twin of a tensor is neither a view nor part of a graph; a conjugate or a leaf isn't just its memory.
-    flags = thing.requires_grad, thing.is_conj(), thing.is_neg()
-    shape = thing.dtype, thing.storage_offset(), thing.shape, thing.stride()
-    if not thing.is_quantized:
-        return flags, shape
-    if thing.qscheme() is not torch.per_tensor_affine:
-        return flags, shape, object()
-    return flags, shape, thing.q_scale(), thing.q_zero_point()
+def _how_it_shows(tensor: Tensor) -> Any:
+    if tensor.is_quantized and tensor.qscheme() is not torch.per_tensor_affine:
+        raise NotReplayableError("a tensor with qparams for each channel is unwrapped")
+    return (tensor.dtype, tensor.q_scale(), tensor.q_zero_point()) if tensor.is_quantized else tensor.dtype
 
 
-def _living(calls: Sequence[Call], results: Sequence[Value]) -> tuple[Call, ...]:
-    """The calls of whose doing anything is left: that write into something, or whose results are read."""
+def _living(steps: Sequence[Step], results: Sequence[Register]) -> tuple[Step, ...]:
+    """The steps of whose doing anything is left: that write into something, or whose results are read."""
     read, living = set(results), []
-    for call in reversed(calls):
-        writes = call.operator._schema.is_mutable and call.operator is not _SET_TENSOR
-        if writes or not read.isdisjoint(values_given(call)):
-            read.update(values_read(call))
-            living.append(call)
+    for step in reversed(steps):
+        writes = step.operator._schema.is_mutable and step.operator is not _SET
+        if writes or not read.isdisjoint(registers_given(step)):
+            read.update(registers_read(step))
+            living.append(step)
     return tuple(reversed(living))
-
-
-def _is_given(tensor: Tensor, recorder: _Recorder) -> bool:
-    return tensor not in recorder.values or _storage(tensor) in recorder.given
 
 
 def _drops_nothing(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

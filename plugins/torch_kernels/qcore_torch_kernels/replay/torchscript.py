@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from qcore_torch_kernels.replay.recording import (
-    Call,
     NotReplayableError,
     Recording,
-    Value,
+    Register,
+    Step,
     last_reads,
-    values_given,
-    values_read,
+    registers_given,
+    registers_read,
 )
 
 #: Calls in one graph; what TorchScript does with a graph takes time by the square of its length.
-MAX_CALLS = 256
+MAX_STEPS = 256
 
 _MEMORY_FORMATS = {
     torch.contiguous_format: 0,
@@ -52,91 +52,92 @@ def as_torchscript(recording: Recording, live: Sequence[Tensor] = ()) -> Functio
     """
     constants = dict(recording.constants)
     fixed = _fixed(recording, constants, live)
-    if len(recording.calls) <= MAX_CALLS:
-        return _graph(recording.calls, recording.inputs, constants, fixed, recording.results)
+    if len(recording.steps) <= MAX_STEPS:
+        return _graph(recording.steps, recording.inputs, constants, fixed, recording.results)
     stretches = _stretches(recording, constants, fixed)
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         values = {**constants, **dict(zip(recording.inputs, tensors, strict=True))}
         for stretch in stretches:
-            found = stretch.run(*[values[value] for value in stretch.reads])
-            for value in stretch.dead:  # Memory is given back as early as in the model itself, or nearly.
-                del values[value]
+            found = stretch.run(*[values[register] for register in stretch.reads])
+            for register in stretch.dead:  # Memory is given back as early as in the model itself, or nearly.
+                del values[register]
             values.update(zip(stretch.gives, found, strict=True))
-        return [values[value] for value in recording.results]
+        return [values[register] for register in recording.results]
 
     return run
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """A graph of some calls in a row.
+    """A graph of some steps in a row.
 
     Attributes:
         run: gives the tensors of ``gives`` for those of ``reads``.
-        reads: values that earlier calls gave, and inputs.
-        gives: values that later calls read.
-        dead: values among ``reads`` that no later call reads.
+        reads: registers that earlier steps gave, and inputs.
+        gives: registers that later steps read.
+        dead: registers among ``reads`` that no later step reads.
     """
 
     run: Function
-    reads: tuple[Value, ...]
-    gives: tuple[Value, ...]
-    dead: tuple[Value, ...]
+    reads: tuple[Register, ...]
+    gives: tuple[Register, ...]
+    dead: tuple[Register, ...]
 
 
-def _fixed(recording: Recording, constants: Mapping[Value, Any], live: Sequence[Tensor]) -> Set[Value]:
+def _fixed(recording: Recording, constants: Mapping[Register, Any], live: Sequence[Tensor]) -> Set[Register]:
     """The constants that can be constants of a graph; others are passed at each call.
 
     TorchScript takes constants with equal values for one, which one that may change mustn't be; and what is computed of
     constants alone it computes once, though the caller may write into a result.
     """
     places = {id(tensor) for tensor in live}
-    fixed = {value for value, constant in constants.items() if id(constant) not in places}
-    fixed -= {value for value in fixed if getattr(constants[value], "requires_grad", False)}  # It takes none of those.
+    fixed = {register for register, constant in constants.items() if id(constant) not in places}
+    # It takes none of those that require gradients.
+    fixed -= {register for register in fixed if getattr(constants[register], "requires_grad", False)}
     known = set(constants)
-    for call in recording.calls:
-        if known.issuperset(values_read(call)):
-            fixed.difference_update(values_read(call))
-            known.update(values_given(call))
+    for step in recording.steps:
+        if known.issuperset(registers_read(step)):
+            fixed.difference_update(registers_read(step))
+            known.update(registers_given(step))
     return fixed.difference(recording.results)
 
 
-def _stretches(recording: Recording, constants: Mapping[Value, Any], fixed: Set[Value]) -> list[_Stretch]:
+def _stretches(recording: Recording, constants: Mapping[Register, Any], fixed: Set[Register]) -> list[_Stretch]:
     last, results = last_reads(recording), set(recording.results)
     made = []
-    for start in range(0, len(recording.calls), MAX_CALLS):
-        calls = recording.calls[start : start + MAX_CALLS]
-        end = start + len(calls)
-        given = dict.fromkeys(value for call in calls for value in values_given(call))
-        read = dict.fromkeys(value for call in calls for value in values_read(call))
-        reads = tuple(value for value in read if value not in given and value not in constants)
-        gives = tuple(value for value in given if value in results or last[value] >= end)
-        dead = tuple(value for value in reads if value not in results and last[value] < end)
-        made.append(_Stretch(_graph(calls, reads, constants, fixed, gives), reads, gives, dead))
+    for start in range(0, len(recording.steps), MAX_STEPS):
+        steps = recording.steps[start : start + MAX_STEPS]
+        end = start + len(steps)
+        given = dict.fromkeys(register for step in steps for register in registers_given(step))
+        read = dict.fromkeys(register for step in steps for register in registers_read(step))
+        reads = tuple(register for register in read if register not in given and register not in constants)
+        gives = tuple(register for register in given if register in results or last[register] >= end)
+        dead = tuple(register for register in reads if register not in results and last[register] < end)
+        made.append(_Stretch(_graph(steps, reads, constants, fixed, gives), reads, gives, dead))
     return made
 
 
 def _graph(
-    calls: Sequence[Call],
-    inputs: Sequence[Value],
-    constants: Mapping[Value, Any],
-    fixed: Set[Value],
-    results: Sequence[Value],
+    steps: Sequence[Step],
+    inputs: Sequence[Register],
+    constants: Mapping[Register, Any],
+    fixed: Set[Register],
+    results: Sequence[Register],
 ) -> Function:
     builder = _Builder()
-    for value in inputs:
-        builder.add_input(value)
-    used = dict.fromkeys((*(value for call in calls for value in values_read(call)), *results))
+    for register in inputs:
+        builder.add_input(register)
+    used = dict.fromkeys((*(register for step in steps for register in registers_read(step)), *results))
     own = []
-    for value in used:
-        if value in fixed:
-            builder.values[value] = builder.constant(constants[value])
-        elif value in constants:
-            builder.add_input(value, constants[value])
-            own.append(constants[value])
-    for call in calls:
-        builder.add_call(call)
+    for register in used:
+        if register in fixed:
+            builder.values[register] = builder.constant(constants[register])
+        elif register in constants:
+            builder.add_input(register, constants[register])
+            own.append(constants[register])
+    for step in steps:
+        builder.add_step(step)
     function = builder.finish(results)
     # An argument that is passed at each call takes time each time: there may be hundreds of them.
     return (lambda *given: function(*given, *own)) if own else function
@@ -145,16 +146,16 @@ def _graph(
 class _Builder:
     def __init__(self) -> None:
         self.graph: Any = torch._C.Graph()
-        self.values: dict[Value, torch._C.Value] = {}
+        self.values: dict[Register, torch._C.Value] = {}
 
-    def add_input(self, value: Value, constant: Any = None) -> None:
-        made = self.values[value] = self.graph.addInput()
+    def add_input(self, register: Register, constant: Any = None) -> None:
+        made = self.values[register] = self.graph.addInput()
         if isinstance(constant, torch.ScriptObject):
             made.setType(constant._type())
 
-    def add_call(self, call: Call) -> None:
-        schema = call.operator._schema
-        given = dict(zip((argument.name for argument in schema.arguments), call.args, strict=False)) | call.kwargs
+    def add_step(self, step: Step) -> None:
+        schema = step.operator._schema
+        given = dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | step.kwargs
         inputs = [
             self.argument(given.get(argument.name, argument.default_value), argument.type)
             for argument in schema.arguments
@@ -170,16 +171,16 @@ class _Builder:
             for argument in schema.arguments
         )
         if node.schema() != str(schema) and not has_numbers:
-            raise NotReplayableError(f"TorchScript doesn't find {call.operator}")
-        if isinstance(call.results, list) and len(outputs) == 1:
-            unpack = self.graph.create("prim::ListUnpack", [outputs[0]], len(call.results))
+            raise NotReplayableError(f"TorchScript doesn't find {step.operator}")
+        if isinstance(step.results, list) and len(outputs) == 1:
+            unpack = self.graph.create("prim::ListUnpack", [outputs[0]], len(step.results))
             self.graph.insertNode(unpack)
             outputs = list(unpack.outputs())
-        self.values.update(zip(values_given(call), outputs, strict=True))
+        self.values.update(zip(registers_given(step), outputs, strict=True))
 
     def argument(self, value: Any, kind: Any) -> torch._C.Value:
         """An argument as a value of the graph."""
-        if isinstance(value, Value):
+        if isinstance(value, Register):
             return self.values[value]
         if isinstance(kind, torch._C.OptionalType):
             return self.argument(value, kind.getElementType()) if value is not None else self.constant(None)
@@ -207,7 +208,7 @@ class _Builder:
         made: torch._C.Value = node.output()
         return made
 
-    def finish(self, results: Sequence[Value]) -> Any:
+    def finish(self, results: Sequence[Register]) -> Any:
         """The function, which gives a list."""
         tensors = self.list_of([self.values[value] for value in results], torch._C.TensorType.get())
         self.graph.registerOutput(tensors)

@@ -23,9 +23,10 @@ from qcore_torch_kernels.kernel import KernelModule
 from qcore_torch_kernels.replay import executor as executor_module
 from qcore_torch_kernels.replay import torchscript
 from qcore_torch_kernels.replay.executor import MAX_KINDS, Executor, look_again
-from qcore_torch_kernels.replay.recording import NotReplayableError, record
+from qcore_torch_kernels.replay.recording import NotReplayableError, Recording, record, show
 from qcore_torch_kernels.replay.straight_line import as_function
 from qcore_torch_kernels.replay.torchscript import as_torchscript
+from qcore_torch_kernels.shells import DTYPE, as_plain, as_quantized, bounded
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
@@ -119,12 +120,12 @@ def test_graphs_of_any_length_give_the_same_in_stretches(way: Any, length: int, 
             values.append(torch.sin(values[-1] + values[number // 2]))
         return [values[length // 2], bias, values[-1], x]
 
-    before, torchscript.MAX_CALLS = torchscript.MAX_CALLS, calls
+    before, torchscript.MAX_STEPS = torchscript.MAX_STEPS, calls
     try:
         _, recording = record(lambda: chain(x), [x := torch.randn(4, width)])
         run = way(recording)
     finally:
-        torchscript.MAX_CALLS = before
+        torchscript.MAX_STEPS = before
     other = torch.randn(4, width)
     assert all(torch.equal(a, b) for a, b in zip(run(other), chain(other), strict=True))
 
@@ -151,32 +152,98 @@ def test_what_other_data_could_change_is_refused(why: str) -> None:
         record(lambda: REFUSED[why](x), [x])
 
 
+def _as_integers(x: Tensor) -> Tensor:
+    return show(torch.empty(0, dtype=torch.int32), x)
+
+
+def _as_floats(x: Tensor) -> Tensor:
+    return show(torch.empty(0), x)
+
+
+def names(recording: Recording) -> list[str]:
+    return [step.operator.name() for step in recording.steps]
+
+
 @WAYS
 def test_a_shell_around_memory_of_another_tensor_is_one_around_the_replayed_one(way: Any) -> None:
-    def shell(x: Tensor) -> Tensor:
-        y = (x + 1).t()
-        return torch.empty(0, dtype=torch.int32).set_(y.untyped_storage(), 0, y.size(), y.stride())
+    for shape, place in (((3, 2), 0), ((4, 5), 1)):
 
-    _, recording = record(lambda: shell(x), [x := torch.randn(3, 2)])
-    other = torch.randn(3, 2)
-    assert torch.equal(way(recording)(other)[0], (other + 1).view(torch.int32).t())
+        def shell(x: Tensor, place: int = place) -> Tensor:
+            return _as_integers((x + 1).t()[place:])
 
-
-def _shell(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+        _, recording = record(lambda: shell(x), [x := torch.randn(shape)])
+        other = torch.randn(shape)
+        assert torch.equal(way(recording)(other)[0], (other + 1).t()[place:].view(torch.int32))
 
 
 @WAYS
 def test_what_is_unwrapped_and_wrapped_again_is_the_same_value(way: Any) -> None:
-    def several(x: torch.Tensor) -> torch.Tensor:
+    def several(x: Tensor) -> Tensor:
         y = x + 1
         for _ in range(3):
-            y = _shell(_shell(y, torch.int32), torch.float32) * 2
+            y = _as_floats(_as_integers(y)) * 2
         return y
 
     _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
-    assert [call.operator.name() for call in recording.calls] == ["aten::add.Tensor", *["aten::mul.Tensor"] * 3]
+    assert names(recording) == ["aten::add.Tensor", *["aten::mul.Tensor"] * 3]
     assert torch.equal(way(recording)(other := torch.randn(3, 2))[0], several(other))
+
+
+@WAYS
+def test_other_qparams_are_another_shell_of_the_first_value(way: Any) -> None:
+    def several(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.quantize_per_tensor(x, 0.5, 3, DTYPE)
+        same, other = as_quantized(as_plain(y), 0.5, 3), as_quantized(as_plain(y), 0.25, 3)
+        return same.dequantize(), other.dequantize()
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    assert [name for name in names(recording) if "dequantize" not in name] == [
+        "aten::quantize_per_tensor",
+        "aten::_empty_affine_quantized",
+        "aten::set_.source_Tensor_storage_offset",
+    ]
+    given = torch.randn(3, 2)
+    assert all(map(torch.equal, way(recording)(given), several(given)))
+
+
+@WAYS
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y, plain: plain.clamp_(2, 4),
+        lambda y, plain: plain[1:].fill_(9),
+        lambda y, plain: torch.ops.quantized.add.out(y, y, y),
+    ],
+    ids=["the shell", "a view of it", "what it is around"],
+)
+def test_what_is_written_into_a_shells_memory_is_seen_by_all_that_show_it_later(way: Any, write: Any) -> None:
+    def several(x: Tensor) -> tuple[Tensor, ...]:
+        y = torch.quantize_per_tensor(x, 0.5, 3, DTYPE)
+        plain = as_plain(y)
+        before = as_quantized(plain, 0.5, 3).dequantize()
+        write(y, plain)
+        return before, as_quantized(plain, 0.5, 3).dequantize(), as_plain(y) + 1
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    given = torch.randn(3, 2)
+    assert all(map(torch.equal, as_function(recording)(given), several(given)))
+    if way is as_torchscript:  # It may take a write for one that nobody reads, where the proof finds it out.
+        again = way(recording)(given)
+        assert torch.equal(again[0], several(given)[0])
+
+
+def test_a_clamp_of_a_kernels_result_is_never_lost() -> None:
+    kernel = bounded(lambda x: torch.quantize_per_tensor(x, 0.5, 3, DTYPE), (2, 4))
+    executor, _ = executed(nn.Sequential(nn.Linear(2, 2)))
+    executor.forward = lambda module, x: as_plain(kernel(x))
+    with torch.no_grad():
+        for _ in range(5):
+            x = 5 * torch.randn(3, 2)
+            assert torch.equal(executor(x), as_plain(kernel(x)))
+    assert executor.replayed_kinds == 1
+    # The first proof, by the form that needs no Python, holds.
+    _, recording = record(lambda: kernel(x).dequantize(), [x])
+    assert torch.equal(as_torchscript(recording)(other := 5 * torch.randn(3, 2))[0], kernel(other).dequantize())
 
 
 @WAYS
@@ -188,38 +255,46 @@ def test_bytes_seen_as_another_dtype_are_shown_by_a_shell(way: Any) -> None:
     assert torch.equal(way(recording)(other := torch.randn(3, 4))[0], several(other))
 
 
-@WAYS
-def test_a_shell_that_shows_the_same_memory_in_another_way_is_another_value(way: Any) -> None:
-    def several(x: torch.Tensor) -> torch.Tensor:
-        y = x + 1
-        flat = torch.empty(0).set_(y.untyped_storage(), 1, (2,), (2,))
-        y.mul_(2)
-        return flat + _shell(y, torch.float32)[0]
-
-    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
-    assert torch.equal(way(recording)(other := torch.randn(3, 2))[0], several(other))
-
-
-@WAYS
-def test_a_tensor_that_moved_to_other_memory_doesnt_stand_for_what_is_in_the_old_one(way: Any) -> None:
-    def several(x: torch.Tensor) -> torch.Tensor:
-        y, elsewhere = x + 1, x * 3
-        moved = torch.empty(0).set_(y.untyped_storage(), 0, (5,), (1,))
-        moved.set_(elsewhere.untyped_storage(), 0, (5,), (1,))
-        return moved + torch.empty(0).set_(y.untyped_storage(), 0, (5,), (1,))
-
-    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
-    assert torch.equal(way(recording)(other := torch.randn(3, 2))[0], several(other))
-
-
 def test_a_change_of_shape_in_place_is_refused_on_a_tensor_that_stands_for_two() -> None:
-    def change(x: torch.Tensor) -> torch.Tensor:
+    def change(x: Tensor) -> Tensor:
         y = x + 1
-        _shell(_shell(y, torch.int32), torch.float32).t_()
+        _as_floats(_as_integers(y)).t_()
         return y
 
     with pytest.raises(NotReplayableError, match="stands for two"):
         record(lambda: change(x), [x := torch.randn(3, 2)])
+
+
+@pytest.mark.parametrize("where", ["kept from before", "used before"])
+def test_a_shell_that_is_not_a_new_one_is_refused(where: str) -> None:
+    kept = torch.empty(0, dtype=torch.int32)
+
+    def change(x: Tensor) -> Tensor:
+        shell = kept if where == "kept from before" else _as_integers(x + 1)
+        return show(shell, x + 2)
+
+    with pytest.raises(NotReplayableError, match="shows other memory than before"):
+        record(lambda: change(x), [x := torch.randn(3, 2)])
+
+
+def test_memory_that_is_taken_unsaid_is_refused() -> None:
+    def shell(x: Tensor) -> Tensor:
+        y = x + 1
+        return torch.empty(0).set_(y.untyped_storage(), 0, (3,), (2,))
+
+    with pytest.raises(NotReplayableError, match="takes a UntypedStorage"):
+        record(lambda: shell(x), [x := torch.randn(3, 2)])
+
+
+def test_each_thread_records_its_own_shells() -> None:
+    def several(x: Tensor) -> Tensor:
+        y = x + 1
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: _as_floats(_as_integers(torch.ones(3, 2)))).result()
+        return _as_floats(_as_integers(y)) * 2
+
+    _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
+    assert names(recording) == ["aten::add.Tensor", "aten::mul.Tensor"]
 
 
 def test_results_that_nobody_reads_are_not_computed_but_writes_are_done() -> None:
@@ -230,7 +305,7 @@ def test_results_that_nobody_reads_are_not_computed_but_writes_are_done() -> Non
         return y
 
     _, recording = record(lambda: several(x), [x := torch.randn(3, 2)])
-    assert [call.operator.name() for call in recording.calls] == [
+    assert names(recording) == [
         "aten::add.Tensor",
         "aten::select.int",
         "aten::fill_.Scalar",
@@ -469,10 +544,12 @@ def use():
     blocks = [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(4)]
 for _ in range(3):
     use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = []
 for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[2])  # As a heap happens to lie, its top may be given back once.
 """
 
 
@@ -484,9 +561,9 @@ def test_freed_memory_is_kept_for_the_next_call() -> None:
                            text=True, check=True).stdout)
         for first in ("", "keep_freed_memory()")
     ]  # fmt: skip
-    if faults[0] < 5000:  # 40 MiB are 10,240 pages.
+    if faults[0] < 1000:  # 40 MiB are 10,240 pages.
         pytest.skip("this C library keeps it by itself")
-    assert faults[1] < 500
+    assert faults[1] < 100
 
 
 @torch.no_grad()
