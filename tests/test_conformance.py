@@ -67,7 +67,7 @@ def is_convolution(kernel):
 
 def function_of(kernel):
     """What a kernel of a convolution or a linear layer calls, and the arguments after the bias."""
-    ((_, operator, args),) = kernel.steps
+    ((_, (args, _)),), (operator,) = kernel.steps, kernel.operators
     return op.operator_named(operator).function, args[3:]
 
 

@@ -8,7 +8,7 @@ by themselves. What has no kernel stays the float operator that it is in the ref
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,8 +52,9 @@ class QuantizedCall:
             which says nothing of the next state that is loaded.)
         dynamic: if the kernel is called with floats, and finds the qparams of what the first operator reads itself: the
             range of the integers.
+        sources: the nodes among the arguments of the chain that stand for the inputs, in the same order.
         computed: arguments of the chain that the graph computes, such as sizes; the kernel gets them after the inputs.
-        module: what the first node calls, if that is a module of a class that the pattern names.
+        modules: what each node of the chain calls, where that is a module of a class that the pattern names.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -64,16 +65,14 @@ class QuantizedCall:
     overwritable: tuple[bool, ...] = ()
     keeps_qparams: bool = False
     dynamic: tuple[int, int] | None = None
+    sources: tuple[fx.Node, ...] = ()
     computed: tuple[fx.Node, ...] = ()
-    module: nn.Module | None = None
+    modules: tuple[nn.Module | None, ...] = ()
 
     @property
-    def sources(self) -> tuple[fx.Node, ...]:
-        """The nodes among the arguments of the chain whose values the kernel is called with first, in order.
-
-        A node comes as often as it is read.
-        """
-        return tuple(s for node in self.nodes for s in activation_inputs(node) if s not in self.nodes)
+    def module(self) -> nn.Module | None:
+        """The module that the first node calls, if it calls one."""
+        return self.modules[0] if self.modules else None
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -213,6 +212,10 @@ class _Lowering:
     def run(self, graph_class: type[QGraphModule]) -> QGraphModule:
         for decision in self.record.plan.quantized:
             self.lower(decision)
+        for node, (moved, _) in self.moved.items():
+            if not moved.users:  # Who takes its parts out reads them as floats.
+                del self.kernels[node.name]
+                self.declined[node.name] = _in_float(Declined(""))
         for node in self.graph.nodes:
             if _reads_shape(node):
                 node.args = fx.map_arg(node.args, lambda n: found[0] if (found := self.integers(n)) else n)
@@ -232,60 +235,59 @@ class _Lowering:
         config, result = decision.dtype_config, self.nodes[decision.node]
         assert config is not None
         chain = [self.nodes[name] for name in decision.nodes if name not in self.record.plan.absorbed]
-        quantize = None
-        if chain[0].name in self.record.plan.dynamic:
+        quantize, is_dynamic = None, chain[0].name in self.record.plan.dynamic
+        if is_dynamic:
             while len(chain) > 1 and is_clamp(chain[-1]) and not self.table.has_rules(True, self.keys(chain)):
                 chain.pop()  # Nothing quantizes what follows, so the clamp is left as it is.
         elif reads_float(config):
             return  # Only its weight is quantized.
         elif not gives_float(config):
             quantize = next((user for user in result.users if user.target is ops.quantize_per_tensor), None)
-        found = self.call(chain, quantize)
-        if found is None:
-            return
-        call, sources = found
-        built = self.table.build(call, self.keys(chain))
+        call, given = self.call(chain, quantize)
+        reads_integers = len(given) == len(call.sources)
+        built = self.table.build(call, self.keys(chain)) if reads_integers else Declined("it reads floats")
         if not isinstance(built, Declined):
             self.kernels[decision.node] = getattr(built, "kernel_name", type(built).__name__)
             replaced = chain[-1] if quantize is None else quantize
             with self.graph.inserting_before(replaced):
-                kernel = self.add_module(chain[0].name, built, (*sources, *call.computed))
+                kernel = self.add_module(chain[0].name, built, (*given, *call.computed))
             replaced.replace_all_uses_with(kernel)
-        elif self.move(chain[0], quantize):
+        elif len(chain) == 1 and self.move(chain[0], quantize):
             self.kernels[decision.node] = _AS_THEY_ARE
         else:
-            how = "rounded at run time, computed in float" if call.dynamic else "float between dequantize and quantize"
-            self.declined[decision.node] = f"no kernel{f' ({built.reason})' if built.reason else ''}: {how}"
+            self.declined[decision.node] = _in_float(built, is_dynamic)
 
     def keys(self, chain: Sequence[fx.Node]) -> tuple[object, ...]:
         """The operators of a chain, as the table has them."""
         return tuple(anchor_key(node, self.module_types) for node in chain)
 
-    def call(self, chain: Sequence[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]] | None:
-        """What a chain computes on integers, and the nodes that the kernel is called with; ``None`` on floats."""
+    def call(self, chain: Sequence[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]]:
+        """What a chain computes on integers, and the nodes that give those; fewer than it reads if some are floats."""
         anchor = chain[0]
         weights, biases, own = self.weights(anchor)
         sources = [s for node in chain for s in activation_inputs(node) if s not in chain]
         own.update(sources, chain)
         computed = tuple(dict.fromkeys(s for node in chain for s in node.all_input_nodes if s not in own))
-        if anchor.name in self.record.plan.dynamic:
-            bounds = self.record.plan.dynamic[anchor.name]
-            call = QuantizedCall(tuple(chain), (), weights, biases, dynamic=bounds, computed=computed)
+        call = QuantizedCall(
+            nodes=tuple(chain),
+            inputs=(),
+            weights=weights,
+            biases=biases,
+            dynamic=self.record.plan.dynamic.get(anchor.name),
+            sources=tuple(sources),
+            computed=computed,
+            modules=tuple(submodule(self.reference, str(n.target)) if n.op == "call_module" else None for n in chain),
+        )
+        if call.dynamic is not None:
             rounded = ops.dynamic_quantize_dequantize
             return call, [_node(source.args[0]) if source.target is rounded else source for source in sources]
         found = [integers for source in sources if (integers := self.integers(source)) is not None]
-        if len(found) < len(sources):
-            return None
-        call = QuantizedCall(
-            nodes=tuple(chain),
+        call = replace(
+            call,
             inputs=tuple(self.qparams(key) for _, key in found),
-            weights=weights,
-            biases=biases,
             output=None if quantize is None else self.unclamped(quantize)[1],
             overwritable=tuple(self.is_overwritable(node, found, chain[-1]) for node, _ in found),
             keeps_qparams=quantize is not None and all(key == _key(quantize) for _, key in found),
-            computed=computed,
-            module=submodule(self.reference, str(anchor.target)) if anchor.op == "call_module" else None,
         )
         return call, [node for node, _ in found]
 
@@ -382,6 +384,12 @@ class _Lowering:
         node = new_node(self.graph, "call_module", name, args)
         self.modules[node] = module
         return node
+
+
+def _in_float(declined: Declined, is_dynamic: bool = False) -> str:
+    """What ``explain`` says of a decision that has no kernel."""
+    how = "rounded at run time, computed in float" if is_dynamic else "float between dequantize and quantize"
+    return f"no kernel{f' ({declined.reason})' if declined.reason else ''}: {how}"
 
 
 def _node(argument: Any) -> fx.Node:

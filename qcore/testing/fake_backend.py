@@ -133,9 +133,12 @@ class Kernel(nn.Module):
 
     def __init__(self, call: QuantizedCall) -> None:
         super().__init__()
-        self.steps = [(node.name, _operator_name(node), _with_names(node.args)) for node in call.nodes]
-        self.kernel_name = f"fake {' + '.join(name or type(call.module).__name__ for _, name, _ in self.steps)}"
-        self.module = copy.deepcopy(call.module)
+        self.steps = [(node.name, _with_names((node.args, node.kwargs))) for node in call.nodes]
+        self.operators = [getattr(op.operator_of(node), "name", "") for node in call.nodes]
+        # What is no operator is a module of a class that the pattern names.
+        self.called = nn.ModuleList(nn.Identity() if m is None else copy.deepcopy(m) for m in call.modules)
+        names = (name or type(module).__name__ for name, module in zip(self.operators, self.called, strict=True))
+        self.kernel_name = f"fake {' + '.join(names)}"
         self.inputs = nn.ModuleList(_leave(qparams) for qparams in call.inputs)
         if call.dynamic is not None:
             self.inputs.extend(RoundedAtRunTime(call.dynamic) for _ in op.activation_inputs(call.nodes[0]))
@@ -159,18 +162,12 @@ class Kernel(nn.Module):
         weights = [weight() for weight in self.weights]
         biases = [getattr(self, f"bias_{number}") for number in range(len(weights))]
         values = dict(zip(self.names, (*inputs, *given[count:], *weights, *biases), strict=True))
-        for name, operator, arguments in self.steps:
-            function: Any = op.operator_named(operator).function if operator else self.module
-            args: Any = fx.node.map_aggregate(arguments, lambda a: values[a.name] if isinstance(a, Value) else a)
-            values[name] = function(*args)
+        for (name, arguments), operator, module in zip(self.steps, self.operators, self.called, strict=True):
+            function: Any = op.operator_named(operator).function if operator else module
+            filled: Any = fx.node.map_aggregate(arguments, lambda a: values[a.name] if isinstance(a, Value) else a)
+            values[name] = function(*filled[0], **filled[1])
         result: Tensor = self.output(values[self.steps[-1][0]])
         return result
-
-
-def _operator_name(node: fx.Node) -> str:
-    """The name of a node's operator; empty if it calls a module."""
-    operator = op.operator_of(node)
-    return "" if operator is None else operator.name
 
 
 def _with_names(arguments: Any) -> Any:
