@@ -42,7 +42,7 @@ def test_what_the_page_installs_is_what_it_uses():
     (install,) = (block for block in BLOCKS if block.lstrip().startswith("pip install"))
     (used,) = set(re.findall(r'get_default_qconfig_mapping\("(\w+)"\)', PAGE))
     assert install.split()[2] == f"qcore-{used.replace('_', '-')}"
-    assert f"pip install . ./plugins/{used}" in PAGE
+    assert f"pip install . ./plugins/torch_kernels ./plugins/{used}" in PAGE
     for name in (found.name for found in qcore.installed_backends()):
         assert f"| `{name}`" in PAGE
 
