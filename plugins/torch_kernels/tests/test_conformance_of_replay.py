@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from qcore_torch_kernels.graph import lower
+from qcore_torch_kernels.graph import lower, replayed_kinds
 from qcore_torch_kernels.testing import TorchKernelsConformance
 from torch import nn
 
+import qcore
 from qcore.testing import CASES, FakeBackend, plugged_in
 
 REPEATED = "test_calls_of_one_kind_compute_the_same_bits"
@@ -99,3 +100,17 @@ def test_a_fault_is_found(fault, name):
 def test_a_backend_that_replays_does_not_say_that_it_does_not():
     with pytest.raises(AssertionError):
         check(SaysSo, OnTheLibrary(), "conv2d 3x3")
+
+
+def test_a_model_whose_parameters_want_gradients_is_replayed_for_who_wants_none():
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8)).eval(), torch.randn(16, 8)
+    with plugged_in("toy", OnTheLibrary().plugin()):
+        prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping("toy"), (x,))
+        prepared(x)
+        converted = qcore.convert_fx(prepared)
+    wanted = converted(x)
+    for _ in range(4):
+        with torch.no_grad():
+            assert torch.equal(converted(x), wanted)
+        assert torch.equal(converted(x.clone().requires_grad_()), wanted)
+    assert any(parameter.requires_grad for parameter in converted.parameters()) and replayed_kinds(converted) >= 1
