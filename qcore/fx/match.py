@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from torch import fx, nn
 
 from qcore.backend_config import BackendConfig, BackendPatternConfig, ObservationType, Pattern
-from qcore.fx.operators import activation_inputs, anchor_key, is_clamp, operator_of, pattern_keys
+from qcore.fx.operators import Kind, activation_inputs, anchor_key, operator_of, pattern_keys
 
 T = TypeVar("T")
 
@@ -36,6 +36,12 @@ class Match:
     def result(self) -> fx.Node:
         """The last node."""
         return self.nodes[-1]
+
+    def without_absorbed(self) -> tuple["Match", tuple[fx.Node, ...]]:
+        """The match of the pattern's own nodes, and the clamps that it takes with it beyond those."""
+        length = len(pattern_keys(self.config.pattern))
+        absorbed = len(self.nodes) - length
+        return Match(self.nodes[:length], self.clamps - absorbed, self.config), self.nodes[length:]
 
     def inputs(self) -> list[fx.Node]:
         """What the chain reads as activations from outside, in order."""
@@ -119,7 +125,7 @@ def find_matches(
         if pattern.observation_type is ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT:
             chain += _absorbable(chain, taken, may_absorb)
             # Those that the pattern itself names at its end count as well.
-            clamps = len(list(takewhile(is_clamp, reversed(chain[1:]))))
+            clamps = len(list(takewhile(_is_clamp, reversed(chain[1:]))))
         matches.append(Match(tuple(chain), clamps, pattern))
         taken.update(chain)
     matches.sort(key=lambda match: position[match.result])
@@ -148,7 +154,12 @@ def _absorbable(
 ) -> list[fx.Node]:
     clamps: list[fx.Node] = []
     reader = only_reader(chain[-1])
-    while reader is not None and reader not in taken and is_clamp(reader) and may_absorb(chain[0], reader):
+    while reader is not None and reader not in taken and _is_clamp(reader) and may_absorb(chain[0], reader):
         clamps.append(reader)
         reader = only_reader(reader)
     return clamps
+
+
+def _is_clamp(node: fx.Node) -> bool:
+    op = operator_of(node)
+    return op is not None and op.kind is Kind.CLAMP

@@ -382,12 +382,6 @@ def kept_apart(function: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], d
     return args[:-1], {names[len(args) - 1]: args[-1]}
 
 
-def is_clamp(node: fx.Node) -> bool:
-    """Whether a node bounds what it reads by constants."""
-    op = operator_of(node)
-    return op is not None and op.kind is Kind.CLAMP
-
-
 def is_tuple(node: fx.Node) -> bool:
     """Whether a node gives several tensors at once, each of which a ``getitem`` then takes out."""
     return operator_of(node) in (CHUNK, SPLIT)

@@ -21,7 +21,7 @@ from qcore.errors import LoweringError
 from qcore.fx.constraints import gives_float, reads_float
 from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
-from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, is_clamp, operator_of, pattern_keys
+from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, operator_of, pattern_keys
 from qcore.fx.patterns import pattern_problems
 from qcore.fx.record import Record, record_of
 from qcore.lowering.assemble import assembled
@@ -168,10 +168,6 @@ class _Table:
         for rule in rules:
             self._rules.setdefault((rule.is_dynamic, *pattern_keys(rule.pattern)), []).append(rule)
 
-    def has_rules(self, is_dynamic: bool, keys: tuple[object, ...]) -> bool:
-        """Whether any is for just these operators."""
-        return (is_dynamic, *keys) in self._rules
-
     def build(self, call: QuantizedCall, keys: tuple[object, ...]) -> "nn.Module | Declined":
         """The kernel for a call of these operators."""
         declined = Declined("")
@@ -235,20 +231,18 @@ class _Lowering:
         config, result = decision.dtype_config, self.nodes[decision.node]
         assert config is not None
         chain = [self.nodes[name] for name in decision.nodes if name not in self.record.plan.absorbed]
-        quantize, is_dynamic = None, chain[0].name in self.record.plan.dynamic
-        if is_dynamic:
-            while len(chain) > 1 and is_clamp(chain[-1]) and not self.table.has_rules(True, self.keys(chain)):
-                chain.pop()  # Nothing quantizes what follows, so the clamp is left as it is.
-        elif reads_float(config):
+        is_dynamic = chain[0].name in self.record.plan.dynamic
+        if reads_float(config) and not is_dynamic:
             return  # Only its weight is quantized.
-        elif not gives_float(config):
-            quantize = next((user for user in result.users if user.target is ops.quantize_per_tensor), None)
+        own = () if gives_float(config) else result.users  # Else whoever reads the float quantizes it.
+        quantize = next((user for user in own if user.target is ops.quantize_per_tensor), None)
         call, given = self.call(chain, quantize)
         reads_integers = len(given) == len(call.sources)
-        built = self.table.build(call, self.keys(chain)) if reads_integers else Declined("it reads floats")
+        keys = tuple(anchor_key(node, self.module_types) for node in chain)
+        built = self.table.build(call, keys) if reads_integers else Declined("it reads floats")
         if not isinstance(built, Declined):
             self.kernels[decision.node] = getattr(built, "kernel_name", type(built).__name__)
-            replaced = chain[-1] if quantize is None else quantize
+            replaced = result if quantize is None else quantize
             with self.graph.inserting_before(replaced):
                 kernel = self.add_module(chain[0].name, built, (*given, *call.computed))
             replaced.replace_all_uses_with(kernel)
@@ -256,10 +250,6 @@ class _Lowering:
             self.kernels[decision.node] = _AS_THEY_ARE
         else:
             self.declined[decision.node] = _in_float(built, is_dynamic)
-
-    def keys(self, chain: Sequence[fx.Node]) -> tuple[object, ...]:
-        """The operators of a chain, as the table has them."""
-        return tuple(anchor_key(node, self.module_types) for node in chain)
 
     def call(self, chain: Sequence[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]]:
         """What a chain computes on integers, and the nodes that give those; fewer than it reads if some are floats."""

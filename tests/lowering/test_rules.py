@@ -358,7 +358,7 @@ class Dynamic(Recording):
         return weighted if getattr(first, "weights", ()) else super().dtypes(first)
 
     def rules(self):
-        more = (*op.RNN_CELLS, (op.LINEAR, op.ADD))
+        more = (*op.RNN_CELLS, (op.LINEAR, op.ADD), (op.LINEAR, op.CLAMP))
         return [*super().rules(), *(LoweringRule(pattern, self.kernel, is_dynamic=True) for pattern in more)]
 
 
@@ -378,17 +378,18 @@ class TestDynamic:
         model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Hardtanh(0.1, 0.2))
         rules = dict.fromkeys("012", default_dynamic_qconfig)
         models = lowered(Recording(), model, X, rules=rules)
-        assert kernels(models[1]) == {"linear + relu + hardtanh": "fake linear"}
+        assert kernels(models[1]) == {"linear": "fake linear"}
+        reason = "its input is float, and it only hands on what it gets"
+        assert [(d.operators, d.reason) for d in qcore.explain(models[1]).floating] == [
+            (("relu",), reason), (("hardtanh",), reason),
+        ]  # fmt: skip
         assert targets(models[1]).count(torch.clamp) == 2 and same(*models, X)
 
-    def test_a_rule_for_a_chain_with_a_clamp_goes_first(self):
-        class Clamping(Recording):
-            def rules(self):
-                return [*super().rules(), LoweringRule((op.LINEAR, op.CLAMP), self.kernel, is_dynamic=True)]
-
+    def test_a_clamp_that_a_pattern_names_goes_with_it(self):
         model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Hardtanh(0.1, 0.2))
-        models = lowered(Clamping(), model, X, rules=dict.fromkeys("012", default_dynamic_qconfig))
-        assert kernels(models[1]) == {"linear + relu + hardtanh": "fake linear + clamp"}
+        backend = claiming((op.LINEAR, op.CLAMP), base=Dynamic)
+        models = lowered(backend, model, X, rules=dict.fromkeys("012", default_dynamic_qconfig))
+        assert kernels(models[1]) == {"linear + relu": "fake linear + clamp"}
         assert targets(models[1]).count(torch.clamp) == 1 and same(*models, X)
 
     def test_between_layers_on_integers(self):
