@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -399,6 +400,17 @@ class TestDynamic:
         # Whoever quantizes its result later does that himself.
         assert [call.output is None for call in backend.calls] == [False, True, False]
         assert crossings(models[1]) == (2, 2) and same(*models, X) and same(*models, 100 * X)
+
+    def test_its_result_is_float_though_its_dtype_config_does_not_say_so(self):
+        class Silent(Recording):
+            def dtypes(self, first):
+                return [replace(c, output_dtype=None) if c.is_dynamic else c for c in super().dtypes(first)]
+
+        backend = Silent()
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        models = lowered(backend, model, X, rules={"1": default_dynamic_qconfig})
+        assert [call.output is None for call in backend.calls] == [False, True, False]
+        assert kernels(models[1]) == {"linear": "fake linear"} and same(*models, X) and same(*models, 100 * X)
 
     def test_without_a_rule_it_is_computed_in_float(self):
         class Static(Recording):
