@@ -14,7 +14,7 @@ from qcore.lowering import Lowered
 from qcore.testing import FakeBackend
 from tests.lowering.fake import lowered, same
 
-X = torch.randn(4, 8)
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 MODEL = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
 

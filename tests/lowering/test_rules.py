@@ -21,8 +21,9 @@ from tests.lowering.fake import Calling, Recording, claiming, default_qconfig, k
 
 FLOAT = "no kernel: float between dequantize and quantize"
 AS_THEY_ARE = "integers as they are"
-X = torch.randn(4, 8)
-IMAGE = torch.randn(2, 4, 6, 6)
+RANDOM = torch.Generator().manual_seed(0)
+X = torch.randn(4, 8, generator=RANDOM)
+IMAGE = torch.randn(2, 4, 6, 6, generator=RANDOM)
 
 
 def two_layers(function):
@@ -633,7 +634,7 @@ class Cell(nn.Module):
 class TestSeveralWeights:
     """An operator of two weights."""
 
-    STATE = torch.randn(4, 5)
+    STATE = torch.randn(4, 5, generator=RANDOM)
 
     def test_the_plan_the_reference_model_and_the_kernel_have_both(self):
         backend = Recording()
