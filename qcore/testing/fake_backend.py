@@ -110,6 +110,7 @@ class RoundedAtRunTime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The real numbers that the integers stand for."""
+        x = ops.as_float32(x)
         scale, zero_point = ops.dynamic_qparams(x, *self.bounds)
         steps = torch.round(x * (1.0 / scale)) + zero_point
         return (torch.clamp(steps, *self.bounds) - zero_point) * scale

@@ -375,6 +375,7 @@ class TestDynamic:
         assert kernels(models[1]) == {"linear": "fake linear"} and crossings(models[1]) == (0, 0)
         for size in (1.0, 1e3, 1e-3):
             assert same(*models, X * size)
+        assert same(*models, X.half()) and same(*models, X.bfloat16())
 
     def test_a_clamp_behind_it_stays(self):
         model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Hardtanh(0.1, 0.2))
