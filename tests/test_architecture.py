@@ -206,15 +206,6 @@ def test_the_module_paths_that_migration_by_find_and_replace_needs(module):
     assert importlib.import_module(f"qcore.{module}")
 
 
-def test_every_hook_is_documented():
-    from qcore.plugins import hookspecs
-
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    for name in vars(hookspecs):
-        if name.startswith("qcore_"):
-            assert f"`{name}" in page
-
-
 def test_each_pass_is_followed_by_its_check(monkeypatch):
     import torch
 
@@ -246,3 +237,74 @@ def test_each_pass_is_followed_by_its_check(monkeypatch):
     qcore.convert_fx(prepared)
     assert order == [name for _, name in passes]
     assert {name for name in vars(verify) if name.startswith("check_")} <= set(order)
+
+
+def test_lowering_matches_nothing():
+    """It walks the plan's decisions, and looks a rule up by their operators."""
+    for path in (path for path in CORE if "lowering" in path.parts):
+        assert not [name for name in imports(path) if name.startswith("qcore.fx.match")], relative(path)
+        assert "rpartition" not in path.read_text() or path.name in ("assemble.py", "engine.py"), relative(path)
+
+
+def test_there_is_one_record_a_stage_and_nothing_beside_it():
+    """On each graph and on a host that stays Python, whole or in parts; no attribute holds a plan but the record."""
+    import torch
+
+    from qcore.fx.record import RECORD, Record, records
+    from qcore.quantization_plan import QuantizationPlan
+
+    class Host(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = (torch.nn.Sequential(torch.nn.Linear(3, 3)) for _ in range(2))
+
+        def forward(self, x):
+            one, other = self.one(x), self.other(x)
+            return one if x.sum() > 0 else other
+
+    x = torch.randn(2, 3)
+    mapping = qcore.get_default_qconfig_mapping("reference")
+    falling_back = qcore.PrepareCustomConfig().set_guard_failure("float")
+    for build, custom, paths in (
+        (lambda: torch.nn.Sequential(torch.nn.Linear(3, 3)), None, [""]),
+        (Host, None, ["", "one", "other"]),
+        (Host, falling_back, ["", "one", "other"]),
+    ):
+        prepared = qcore.prepare_fx(build().eval(), mapping, (x,), custom, backend="reference")
+        qcore.calibrate(prepared, [x])
+        stages = {"prepared": prepared, "reference": qcore.convert_to_reference_fx(prepared)}
+        for stage, model in stages.items():
+            found = records(model)
+            assert list(found) == paths
+            assert {record.stage for record in found.values()} == {stage}
+            assert len({id(record.settings) for record in found.values()}) == 1
+            for module in model.modules():
+                for name, value in vars(module).items():
+                    assert name == RECORD or not isinstance(value, (Record, QuantizationPlan))
+        for record in records(stages["reference"]).values():
+            assert not record.plan.observers and not record.plan.notes  # No pass writes into the plan.
+
+
+#: The rooms whose tests stand in a room of the same name, a file for each module.
+MIRRORED = [
+    path
+    for path in CORE
+    if path.parent.name in ("fx", "observer", "lowering", "plugins") and path.name != "__init__.py"
+]
+
+
+@pytest.mark.parametrize("path", MIRRORED, ids=relative)
+def test_the_tests_mirror_the_rooms(path):
+    mirrored = ROOT / "tests" / path.parent.name / f"test_{path.name}"
+    assert mirrored.is_file(), f"{relative(path)} has no {relative(mirrored)}"
+    assert re.search(r"^\s*def test_|^class Test", mirrored.read_text(), re.MULTILINE), relative(mirrored)
+
+
+def test_and_no_test_stands_in_a_room_whose_module_is_gone():
+    """A module that is renamed takes its tests along; what crosses modules stands outside of the rooms."""
+    modules = {(path.parent.name, path.name) for path in MIRRORED}
+    rooms = {room for room, _ in modules}
+    tests = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
+    assert [
+        relative(path) for path in tests if (path.parent.name, path.name.removeprefix("test_")) not in modules
+    ] == []

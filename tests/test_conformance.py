@@ -6,174 +6,69 @@ import random
 import threading
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from qcore_torch_kernels.float_kernel import FloatKernel
-from qcore_torch_kernels.graph import lower
-from qcore_torch_kernels.kernel import KernelModule
-from qcore_torch_kernels.testing import TorchKernelsConformance
 from torch import nn
 
-from qcore.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig, DTypeWithConstraints
-from qcore.dtypes import QScheme
 from qcore.fx import operators as op
-from qcore.fx.fuse import BATCH_NORM_FUSIONS
-from qcore.fx.sharing import sharing_patterns
-from qcore.lowering import LoweringRule
-from qcore.observer import HistogramObserver, PerChannelMinMaxObserver
-from qcore.plugins.hookspecs import PLUGIN_API, Availability, BackendInfo, hookimpl
-from qcore.qconfig import QConfig
-from qcore.qconfig_mapping import QConfigMapping
-from qcore.testing import CASES, EXTREME_CASES, plugged_in
+from qcore.testing import CASES, EXTREME_CASES, BackendConformance, FakeBackend, plugged_in
 from qcore.testing.conformance import _WEIGHT_OBSERVERS
-
-WEIGHTED = (*op.CONV, op.LINEAR)
-UNWEIGHTED = (op.ADD, op.MUL, op.MEAN, *op.AVG_POOL)
-
-
-def bounds(qparams):
-    info = torch.iinfo(qparams.dtype)
-    return qparams.bounds or (info.min, info.max)
-
-
-class State(KernelModule):
-    """A kernel that packs nothing: all that it computes with are its buffers."""
-
-    def pack(self):
-        return self.compute
-
-    def add(self, name, qparams):
-        low, high = bounds(qparams)
-        for part, value in (
-            ("scale", qparams.scale), ("zero_point", qparams.zero_point), ("low", low), ("high", high)
-        ):  # fmt: skip
-            self.register_buffer(f"{name}_{part}", torch.tensor(float(value)))
-        self.dtype = qparams.dtype
-
-    def to_real(self, x, name="input"):
-        return (x.to(torch.float32) - getattr(self, f"{name}_zero_point")) * getattr(self, f"{name}_scale")
-
-    def to_integers(self, x):
-        steps = torch.round(x * (1.0 / self.output_scale)) + self.output_zero_point
-        return torch.minimum(torch.maximum(steps, self.output_low), self.output_high).to(self.dtype)
-
-
-class Enter(State):
-    def __init__(self, qparams):
-        super().__init__()
-        self.add("output", qparams)
-
-    def compute(self, x):
-        return self.to_integers(x)
-
-
-class Leave(State):
-    def __init__(self, qparams):
-        super().__init__()
-        self.add("input", qparams)
-
-    def compute(self, x):
-        return self.to_real(x)
-
-
-class Weighted(State):
-    """A convolution or a linear layer."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.add("input", call.inputs[0])
-        self.add("output", call.output)
-        self.register_buffer("weight", call.weight.values)
-        self.register_buffer("weight_scale", call.weight.scale_per_channel)
-        self.register_buffer("bias", call.bias)
-        self.operator, self.geometry = op.operator_of(call.nodes[0]).name, call.args[3:]
-
-    def real_weight(self):
-        return self.weight * self.weight_scale.reshape(-1, *[1] * (self.weight.dim() - 1))
-
-    def apply(self, x, weight, bias):
-        return op.operator_named(self.operator).function(x, weight, bias, *self.geometry)
-
-    def compute(self, x):
-        return self.to_integers(self.apply(self.to_real(x), self.real_weight(), self.bias))
+from qcore.testing.fake_backend import Kernel, Quantize, Weight
 
 
 class Faulty(nn.Module):
-    """A sound kernel, and what is done wrong around it."""
+    """A sound module of the backend's, and what is done wrong around it."""
 
-    def __init__(self, kernel, fault):
+    def __init__(self, sound, fault):
         super().__init__()
-        self.kernel, self.fault = kernel, fault
-
-    @property
-    def replayable(self):
-        return True
+        self.sound, self.fault = sound, fault
 
     def forward(self, *inputs):
-        return self.fault(self.kernel, *inputs)
+        return self.fault(self.sound, *inputs)
 
 
-class Toy:
-    """A backend on plain integers, with one fault or none. A subclass is a fault.
+class Toy(FakeBackend):
+    """The fake backend with one fault, or none. A subclass is a fault."""
 
-    Attributes:
-        dtype: of activations.
-    """
-
-    dtype = torch.uint8
+    name = "toy"
 
     def wrong(self, kernel, *inputs):
         return kernel(*inputs)
 
+    def wrong_entry(self, quantize, x):
+        return quantize(x)
+
+    def wrong_exit(self, dequantize, integers):
+        return dequantize(integers)
+
+    def changed(self, kernel, call):
+        """The kernel, with other modules in it."""
+        return kernel
+
     def kernel(self, call):
-        kernel = Weighted(call) if call.weights else FloatKernel(call, self.enter, self.leave)
-        return Faulty(kernel, self.wrong)
+        return Faulty(self.changed(Kernel(call), call), self.wrong)
 
     def enter(self, qparams):
-        return Enter(qparams)
+        return Faulty(super().enter(qparams), self.wrong_entry)
 
     def leave(self, qparams):
-        return Leave(qparams)
-
-    def rules(self):
-        return [LoweringRule(operator, self.kernel) for operator in (*WEIGHTED, *UNWEIGHTED, op.CLAMP, *op.MAX_POOL)]
-
-    def lower(self, model):
-        return lower(model, self.rules(), enter=self.enter, leave=self.leave)
-
-    def mapping(self, version):
-        weight = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
-        return QConfigMapping().set_global(QConfig(HistogramObserver.with_args(dtype=self.dtype), weight))
-
-    def config(self):
-        activation = DTypeWithConstraints(self.dtype)
-        weight = DTypeWithConstraints(torch.int8, qschemes=(QScheme.per_channel_symmetric,), ch_axis=0)
-        config = BackendConfig("toy")
-        for operator in WEIGHTED:
-            dtypes = DTypeConfig(activation, activation, weight, torch.float32)
-            config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(dtypes))
-        for operator in UNWEIGHTED:
-            dtypes = DTypeConfig(activation, activation)
-            config.set_backend_pattern_config(BackendPatternConfig(operator).add_dtype_config(dtypes))
-        return config.set_backend_pattern_configs(sharing_patterns(DTypeConfig(activation, activation)))
-
-    def plugin(self):
-        hooks = {
-            "qcore_backend_info": lambda: BackendInfo("toy", PLUGIN_API),
-            "qcore_probe": lambda: Availability(True),
-            "qcore_backend_config": lambda: self.config(),
-            "qcore_fusion_patterns": lambda: BATCH_NORM_FUSIONS,
-            "qcore_default_qconfig_mapping": lambda version: self.mapping(version),
-            "qcore_lower": lambda model: self.lower(model),
-        }
-        return SimpleNamespace(**{name: hookimpl(function) for name, function in hooks.items()})
+        return Faulty(super().leave(qparams), self.wrong_exit)
 
 
 class SoundInt8(Toy):
     dtype = torch.int8
+
+
+def is_convolution(kernel):
+    return len(kernel.weights) == 1 and kernel.weights[0].values.dim() > 2
+
+
+def function_of(kernel):
+    """What a kernel of a convolution or a linear layer calls, and the arguments after the bias."""
+    ((_, (args, _)),), (operator,) = kernel.steps, kernel.operators
+    return op.operator_named(operator).function, args[3:]
 
 
 # --- faults ---
@@ -187,12 +82,8 @@ class OverwritesItsInput(Toy):
 
 
 class WritesIntoTheCallersTensor(Toy):
-    class Entering(Enter):
-        def compute(self, x):
-            return self.to_integers(x.clamp_(-1, 1))
-
-    def enter(self, qparams):
-        return self.Entering(qparams)
+    def wrong_entry(self, quantize, x):
+        return quantize(x.clamp_(-1, 1))
 
 
 def contiguous_strides(x):
@@ -212,12 +103,8 @@ class AssumesThatInputBeginsItsMemory(Toy):
 class AssumesContiguousImages(Toy):
     """Of what comes into the model."""
 
-    class Entering(Enter):
-        def compute(self, x):
-            return self.to_integers(x.as_strided(x.shape, contiguous_strides(x)))
-
-    def enter(self, qparams):
-        return self.Entering(qparams)
+    def wrong_entry(self, quantize, x):
+        return quantize(x.as_strided(x.shape, contiguous_strides(x)))
 
 
 class OffByOne(Toy):
@@ -228,40 +115,40 @@ class OffByOne(Toy):
 class OffByOneBelowZero(Toy):
     def wrong(self, kernel, *inputs):
         result = kernel(*inputs).int()
-        inner = kernel if isinstance(kernel, Weighted) else kernel.enter
-        return torch.where(result < inner.output_zero_point, result - 1, result).clamp(min=0).to(torch.uint8)
+        return torch.where(result < kernel.output.zero_point, result - 1, result).clamp(min=0).to(torch.uint8)
 
 
 class Truncates(Toy):
-    class Truncating(Weighted):
-        def to_integers(self, x):
-            steps = torch.floor(x * (1.0 / self.output_scale)) + self.output_zero_point
-            return torch.minimum(torch.maximum(steps, self.output_low), self.output_high).to(self.dtype)
+    class Truncating(Quantize):
+        def forward(self, x):
+            steps = torch.floor(x * (1.0 / self.scale)) + self.zero_point
+            return torch.clamp(steps, self.low, self.high).to(self.dtype)
 
-    def kernel(self, call):
-        return self.Truncating(call) if call.weights else super().kernel(call)
+    def changed(self, kernel, call):
+        if call.weights:
+            kernel.output = self.Truncating(call.output)
+        return kernel
 
 
 class IgnoresTheBias(Toy):
     def kernel(self, call):
-        return super().kernel(replace(call, biases=(None,)))
-
-
-class Narrow(Weighted):
-    """Sums of products in 16 bits, which saturate."""
-
-    def compute(self, x):
-        weight = self.weight.to(torch.float32)
-        sums = self.apply(x.to(torch.float32), weight, None).clamp(-(2**15), 2**15 - 1)
-        sums = sums - self.apply(torch.ones_like(x, dtype=torch.float32) * self.input_zero_point, weight, None)
-        shape = [-1, *[1] * (weight.dim() - 2)] if weight.dim() > 2 else [-1]
-        real = sums * self.input_scale * self.weight_scale.reshape(shape)
-        return self.to_integers(real if self.bias is None else real + self.bias.reshape(shape))
+        return super().kernel(replace(call, biases=(None,) * len(call.biases)))
 
 
 class SaturatesIn16Bits(Toy):
-    def kernel(self, call):
-        return Narrow(call) if call.weights else super().kernel(call)
+    """Sums of products in 16 bits, which saturate."""
+
+    def wrong(self, kernel, *inputs):
+        if len(kernel.weights) != 1:
+            return kernel(*inputs)
+        (x,), (given,), (stored,), bias = inputs, kernel.inputs, kernel.weights, kernel.bias_0
+        function, geometry = function_of(kernel)
+        weight = stored.values.to(torch.float32)
+        sums = function(x.to(torch.float32), weight, None, *geometry).clamp(-(2**15), 2**15 - 1)
+        sums = sums - function(torch.ones_like(x, dtype=torch.float32) * given.zero_point, weight, None, *geometry)
+        shape = [-1, *[1] * (weight.dim() - 2)] if weight.dim() > 2 else [-1]
+        real = sums * given.scale * stored.scale.reshape(shape)
+        return kernel.output(real if bias is None else real + bias.reshape(shape))
 
 
 class SaturatesIn16BitsOfInt8(SaturatesIn16Bits):
@@ -269,15 +156,12 @@ class SaturatesIn16BitsOfInt8(SaturatesIn16Bits):
 
 
 class PadsWithTheWrongZero(Toy):
-    class Padding(Weighted):
-        def compute(self, x):
-            stride, padding, dilation, groups = self.geometry
-            padded = F.pad(x, [size for size in reversed(padding) for _ in range(2)])
-            arguments = (self.real_weight(), self.bias, stride, 0, dilation, groups)
-            return self.to_integers(op.operator_named(self.operator).function(self.to_real(padded), *arguments))
-
-    def kernel(self, call):
-        return self.Padding(call) if len(call.args) > 3 and call.weight is not None else super().kernel(call)
+    def wrong(self, kernel, *inputs):
+        if not is_convolution(kernel):
+            return kernel(*inputs)
+        function, (stride, padding, dilation, groups) = function_of(kernel)
+        padded = kernel.inputs[0](F.pad(inputs[0], [size for size in reversed(padding) for _ in range(2)]))
+        return kernel.output(function(padded, kernel.weights[0](), kernel.bias_0, stride, 0, dilation, groups))
 
 
 class IsNotDeterministic(Toy):
@@ -299,24 +183,18 @@ class GivesTheLastResult(Toy):
 
 
 class GivesTheSameMemory(Toy):
-    class Leaving(Leave):
-        def compute(self, x):
-            result = self.to_real(x)
-            if vars(self).get("memory") is None or self.memory.shape != result.shape:
-                vars(self)["memory"] = torch.empty_like(result)
-            return self.memory.copy_(result)
-
-    def leave(self, qparams):
-        return self.Leaving(qparams)
+    def wrong_exit(self, dequantize, integers):
+        result, memory = dequantize(integers), vars(dequantize).get("memory")
+        if memory is None or memory.shape != result.shape:
+            memory = vars(dequantize)["memory"] = torch.empty_like(result)
+        return memory.copy_(result)
 
 
 class IgnoresTheClamp(Toy):
-    def kernel(self, call):
-        made = super().kernel(call)
-        state = made.kernel if call.weights else made.kernel.enter
-        state.output_low.fill_(0)
-        state.output_high.fill_(255)
-        return made
+    def changed(self, kernel, call):
+        kernel.output.low.fill_(0)
+        kernel.output.high.fill_(255)
+        return kernel
 
 
 def clamped(low, high, kernel, *inputs):
@@ -325,26 +203,24 @@ def clamped(low, high, kernel, *inputs):
 
 class KeepsBoundsFromConversion(Toy):
     def kernel(self, call):
-        kernel = super().kernel(call)
-        kernel.fault = functools.partial(clamped, *bounds(call.output))
-        return kernel
+        return Faulty(Kernel(call), functools.partial(clamped, *(call.output.bounds or (0, 255))))
 
 
 class KeepsScalesFromConversion(Toy):
-    def kernel(self, call):
-        kernel = super().kernel(call)
-        if call.weight is not None:
-            kernel.kernel.register_buffer("input_scale", kernel.kernel.input_scale, persistent=False)
+    def changed(self, kernel, call):
+        for given in kernel.inputs if call.weights else ():
+            given.register_buffer("scale", given.scale, persistent=False)
         return kernel
 
 
 class KeepsItsWeightOutOfItsState(Toy):
-    class Packed(Weighted):
+    class Packed(Weight):
         def __getstate__(self):
-            return {**super().__getstate__(), "_buffers": {**self._buffers, "weight": self.weight * 0}}
+            return {**vars(self), "_buffers": {**self._buffers, "values": self.values * 0}}
 
-    def kernel(self, call):
-        return self.Packed(call) if call.weights else super().kernel(call)
+    def changed(self, kernel, call):
+        kernel.weights = nn.ModuleList(map(self.Packed, call.weights))
+        return kernel
 
 
 class ComputesOneImage(Toy):
@@ -354,17 +230,8 @@ class ComputesOneImage(Toy):
 
 
 class GivesAnotherDtype(Toy):
-    class Leaving(Leave):
-        def compute(self, x):
-            return self.to_real(x).double()
-
-    def leave(self, qparams):
-        return self.Leaving(qparams)
-
-
-class ReadsData(Toy):
-    def wrong(self, kernel, *inputs):
-        return kernel(*inputs) if int(inputs[0].flatten()[0]) >= 0 else inputs[0]
+    def wrong_exit(self, dequantize, integers):
+        return dequantize(integers).double()
 
 
 class LowersNothing(Toy):
@@ -377,6 +244,22 @@ class DeclinesSums(Toy):
         return [rule for rule in super().rules() if rule.pattern is not op.ADD]
 
 
+class UsesOneWeightForBoth(Toy):
+    """Of the weights of a recurrent cell; the second one's shape is that of the first, but for the columns."""
+
+    def changed(self, kernel, call):
+        if len(call.weights) == 2:
+            columns = call.weights[1].values.shape[1]
+            first = call.weights[0]
+            kernel.weights[1] = Weight(replace(first, values=first.values[:, :columns]))
+        return kernel
+
+
+class IgnoresTheSecondBias(Toy):
+    def kernel(self, call):
+        return super().kernel(replace(call, biases=(*call.biases[:1], *[None] * len(call.biases[1:]))))
+
+
 class LosesTheBatch(Toy):
     """An empty one."""
 
@@ -386,8 +269,8 @@ class LosesTheBatch(Toy):
 
 class ReadsOnBehindItsInput(Toy):
     def wrong(self, kernel, *inputs):
-        if isinstance(kernel, Weighted) and kernel.weight.dim() > 2:
-            inputs = [x[:, : kernel.weight.shape[1]] for x in inputs]
+        if is_convolution(kernel):
+            inputs = [x[:, : kernel.weights[0].values.shape[1]] for x in inputs]
         return kernel(*inputs)
 
 
@@ -434,7 +317,7 @@ LOADED = "test_a_state_dict_makes_a_twin_the_same_model"
 CLAIMS = "test_what_the_backend_claims_ends_in_a_kernel"
 SATURATES = "test_nothing_saturates_at_the_ends_of_the_ranges"
 DEFAULT = "test_the_default_mapping_gives_kernels_at_the_ends_of_the_ranges"
-REPLAYED = "test_calls_of_one_kind_compute_the_same_bits"
+REPEATED = "test_calls_of_one_kind_compute_the_same_bits"
 EMPTY = "test_an_empty_batch_gives_an_empty_result"
 REFUSED = "test_a_shape_that_the_float_model_refuses_is_refused"
 HOOKS = "test_the_hooks_leave_the_process_as_it_is"
@@ -459,7 +342,7 @@ FOUND = [
     (PadsWithTheWrongZero, [(COMPUTES, "conv2d 3x3"), (COMPUTES, "conv3d")]),
     (IsNotDeterministic, [(SAME, "conv2d 3x3"), (SAME, "add")]),
     (DependsOnTheThread, [(SAME, "conv2d 3x3"), (SAME, "add")]),
-    (GivesTheLastResult, [(SAME, "conv2d 3x3"), (SAME, "mean")]),
+    (GivesTheLastResult, [(SAME, "conv2d 3x3"), (SAME, "mean"), (REPEATED, "conv2d 3x3"), (REPEATED, "add")]),
     (GivesTheSameMemory, [(SAME, "conv2d 3x3"), (SAME, "linear")]),
     (IgnoresTheClamp, [(COMPUTES, "conv2d + clamp above zero"), (COMPUTES, "add + clamp above zero"),
                        (COMPUTES, "linear + clamp below zero"), (COMPUTES, "cat with a clamped convolution")]),
@@ -468,10 +351,11 @@ FOUND = [
     (KeepsItsWeightOutOfItsState, [(SAVED, "conv2d 3x3"), (SAVED, "linear")]),
     (ComputesOneImage, [(COMPUTES, "conv2d 3x3"), (COMPUTES, "linear")]),
     (GivesAnotherDtype, [(COMPUTES, "conv2d 3x3"), (COMPUTES, "add")]),
-    (ReadsData, [(REPLAYED, "conv2d 3x3"), (REPLAYED, "add")]),
     (LowersNothing, [(CLAIMS, "conv2d 3x3"), (CLAIMS, "linear"), (CLAIMS, "add"), (CLAIMS, "avg_pool2d"),
                      (DEFAULT, "conv2d 3x3")]),
     (DeclinesSums, [(CLAIMS, "add"), (CLAIMS, "add + ReLU")]),
+    (UsesOneWeightForBoth, [(COMPUTES, "gru_cell"), (COMPUTES, "rnn_tanh_cell")]),
+    (IgnoresTheSecondBias, [(COMPUTES, "gru_cell"), (COMPUTES, "rnn_relu_cell")]),
     (LosesTheBatch, [(EMPTY, "conv2d 3x3"), (EMPTY, "linear")]),
     (ReadsOnBehindItsInput, [(REFUSED, "conv2d 3x3")]),
     (SetsThreadsWhenLowering, [(COMPUTES, "conv2d 3x3"), (SAME, "conv2d 3x3")]),
@@ -485,7 +369,7 @@ def suite():
     """Makes a conformance suite of a toy backend, of which single checks are called."""
 
     def check(toy, method, *arguments):
-        class Suite(TorchKernelsConformance):
+        class Suite(BackendConformance):
             backend = "toy"
 
         cases = EXTREME_CASES if method in (SATURATES, DEFAULT) else CASES

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor, nn
 
 import qcore
 from qcore.errors import GuardError
+from tests.native import kernels_of
 
 EXACT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 OTHERS = pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool])
@@ -102,8 +102,7 @@ def test_a_change_of_dtype_leaves_the_scales_and_the_graph_as_they_are(
 
 @torch.no_grad()
 def test_a_kernel_by_itself_keeps_its_scales(installed_backend: str) -> None:
-    kernels = [module for module in made("converted", installed_backend).modules() if isinstance(module, KernelModule)]
-    for kernel in kernels:
+    for kernel in kernels_of(made("converted", installed_backend)):
         state = copy.deepcopy(kernel.state_dict())
         for name, value in kernel.half().state_dict().items():
             assert value.dtype == state[name].dtype and torch.equal(value, state[name])

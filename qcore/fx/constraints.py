@@ -9,8 +9,8 @@ from qcore.quantization_plan import QParamsSpec
 
 
 def gives_float(dtype_config: DTypeConfig) -> bool:
-    """Whether a kernel turns integers into float by itself."""
-    return dtype_config.output_constraints.dtype == torch.float32
+    """Whether a kernel's result is float: it turns integers into float by itself, or reads float."""
+    return reads_float(dtype_config) or dtype_config.output_constraints.dtype == torch.float32
 
 
 def reads_float(dtype_config: DTypeConfig) -> bool:

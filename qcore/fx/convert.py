@@ -144,10 +144,10 @@ class _Conversion:
         self.quantize_weights()
         for name, bounds in self.plan.dynamic.items():
             reader = self.nodes[name]
-            (value,) = activation_inputs(reader)
-            with self.graph.inserting_before(reader):
-                rounded = self.call(ops.dynamic_quantize_dequantize, value, *bounds, dtype=torch.float32)
-            reader.replace_input_with(value, rounded)
+            for value in dict.fromkeys(activation_inputs(reader)):
+                with self.graph.inserting_before(reader):
+                    rounded = self.call(ops.dynamic_quantize_dequantize, value, *bounds, dtype=torch.float32)
+                reader.replace_input_with(value, rounded)
         for node, number in observer_nodes(self.prepared, self.record.observers):
             self.replace_observer(self.nodes[node.name], number)
         for name, number in self.plan.shared.items():

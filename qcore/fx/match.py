@@ -37,6 +37,12 @@ class Match:
         """The last node."""
         return self.nodes[-1]
 
+    def without_absorbed(self) -> tuple["Match", tuple[fx.Node, ...]]:
+        """The match of the pattern's own nodes, and the clamps that it takes with it beyond those."""
+        length = len(pattern_keys(self.config.pattern))
+        absorbed = len(self.nodes) - length
+        return Match(self.nodes[:length], self.clamps - absorbed, self.config), self.nodes[length:]
+
     def inputs(self) -> list[fx.Node]:
         """What the chain reads as activations from outside, in order."""
         inside = set(self.nodes)

@@ -198,13 +198,25 @@ class _Planner:
         reason = f"it has {hook}, so it is called as it is" if hook else f"{self.name} has no pattern for it"
         if resolution.rule and resolution.qconfig is None:
             reason = f"rule {resolution.rule} says float"
-        decision = Decision(
-            node.name, (node.name,), (self.label(node),), self.path(node), False, resolution.rule, resolution.qconfig,
-            reason=reason, multiply_adds=multiply_adds(node, self.traced), weights=weight_count(node, self.traced),
-        )  # fmt: skip
-        self.decisions[node] = decision
+        decision = self.decisions[node] = self.decision((node,), reason)
         if resolution.qconfig is not None:
             self.refusals.append(Refusal(decision, resolution.is_specific))
+
+    def decision(self, nodes: Sequence[fx.Node], reason: str) -> Decision:
+        """The decision that a chain stays float."""
+        anchor, resolution = nodes[0], self.resolution(nodes[0])
+        return Decision(
+            node=nodes[-1].name,
+            nodes=tuple(node.name for node in nodes),
+            operators=tuple(self.label(node) for node in nodes),
+            path=self.path(anchor),
+            quantized=False,
+            rule=resolution.rule,
+            qconfig=resolution.qconfig,
+            reason=reason,
+            multiply_adds=sum(multiply_adds(node, self.traced) for node in nodes),
+            weights=weight_count(anchor, self.traced),
+        )
 
     def label(self, node: fx.Node) -> str:
         op = operator_of(node)
@@ -221,22 +233,14 @@ class _Planner:
         return origin.path if isinstance(origin, Origin) else ""
 
     def decide(self, match: Match) -> None:
-        resolution = self.resolution(match.anchor)
-        decision = Decision(
-            node=match.result.name,
-            nodes=tuple(node.name for node in match.nodes),
-            operators=tuple(self.label(node) for node in match.nodes),
-            path=self.path(match.anchor),
-            quantized=False,
-            rule=resolution.rule,
-            qconfig=resolution.qconfig,
-            condition=match.config.condition.name if match.config.condition else "",
-            multiply_adds=sum(multiply_adds(node, self.traced) for node in match.nodes),
-            weights=weight_count(match.anchor, self.traced),
-        )
-        reason, breaks, accepted = self.judge(match, resolution)
+        reason, breaks, accepted = self.judge(match, self.resolution(match.anchor))
+        if accepted is not None and gives_float(accepted):  # No quantize follows that could do what the clamps do.
+            match, clamps = match.without_absorbed()
+            for clamp in clamps:
+                self.decisions[clamp] = self.decision((clamp,), "its input is float, and it only hands on what it gets")
+        condition = match.config.condition.name if match.config.condition else ""
+        decision = replace(self.decision(match.nodes, reason), condition=condition)
         if accepted is None:
-            decision = replace(decision, reason=reason)
             if breaks is not None:
                 self.refusals.append(Refusal(decision, breaks))
             self.refuse_folded(match, decision)

@@ -15,6 +15,7 @@ from qcore.fx.hooks import notes_of_weights
 from qcore.fx.observe import observe
 from qcore.fx.operators import MODULES
 from qcore.fx.parts import NO_PYTHON, Part, Parts, scripts_in
+from qcore.fx.patterns import module_classes
 from qcore.fx.plan import Refusal, make_plan
 from qcore.fx.record import Record, Settings
 from qcore.fx.resolve import Resolver
@@ -116,12 +117,13 @@ class Preparer:
     def decide_python(self, model: nn.Module, found: Parts) -> tuple[Decision, ...]:
         """Decide for what is called by modules that stay Python: float, each for its reason."""
         decisions = []
+        known = {*MODULES, *module_classes(self.settings.backend_config)}
         for call in found.python_calls:
             origin = call.origin
             resolution = self.resolver.resolve(origin)
             if resolution.rule and resolution.qconfig is None:
                 reason = f"rule {resolution.rule} says float"
-            elif call.is_leaf and origin.object_type not in MODULES:
+            elif call.is_leaf and origin.object_type not in known:
                 reason = f"{self.name} has no pattern for it"
             else:
                 reason = f"it stays Python: {call.reason or 'it is called by what stays Python'}"

@@ -55,6 +55,7 @@ def lint(graph: fx.GraphModule, after: str) -> dict[fx.Node, Any]:
     names: set[str] = set()
     seen: set[fx.Node] = set()
     attributes: dict[fx.Node, Any] = {}
+    owners: dict[str, nn.Module] = {}
     edges = 0
     last = None
     for node in graph.graph.nodes:
@@ -70,10 +71,18 @@ def lint(graph: fx.GraphModule, after: str) -> dict[fx.Node, Any]:
                 raise GraphError(after, node.name, f"reads {source.name!r}, which {where}")
             if node not in source.users:
                 raise GraphError(after, node.name, f"isn't known to {source.name!r}, which it reads")
-        if node.op == "get_attr":
-            attributes[node] = _at_target(get_attribute, graph, node, after)
-        elif node.op == "call_module" and not isinstance(_at_target(submodule, graph, node, after), nn.Module):
-            raise GraphError(after, node.name, f"calls {node.target!r}, which is no module")
+        if node.op in ("get_attr", "call_module"):
+            try:
+                path, _, name = str(node.target).rpartition(".")
+                if path not in owners:  # Most tensors are beside another.
+                    owners[path] = submodule(graph, path)
+                value = get_attribute(owners[path], name)
+            except AttributeError:
+                raise GraphError(after, node.name, f"refers to {node.target!r}, which the module doesn't have") from None
+            if node.op == "get_attr":
+                attributes[node] = value
+            elif not isinstance(value, nn.Module):
+                raise GraphError(after, node.name, f"calls {node.target!r}, which is no module")
         edges += len(sources)
         names.add(node.name)
         seen.add(node)
@@ -86,13 +95,6 @@ def lint(graph: fx.GraphModule, after: str) -> dict[fx.Node, Any]:
                 if user not in seen or node not in user.all_input_nodes:
                     raise GraphError(after, node.name, f"has {user.name!r} among its users, which doesn't read it")
     return attributes
-
-
-def _at_target(found: Callable[[nn.Module, str], Any], graph: nn.Module, node: fx.Node, after: str) -> Any:
-    try:
-        return found(graph, str(node.target))
-    except AttributeError:
-        raise GraphError(after, node.name, f"refers to {node.target!r}, which the module doesn't have") from None
 
 
 def check_traced(graph: QGraphModule) -> None:

@@ -56,7 +56,8 @@ class EngineCall(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the subgraph gives: a tensor, or a tuple of several."""
-        state = [(id(tensor), tensor._version) for tensor in tensors_of(self.subgraph)]
+        tensors = tensors_of(self.subgraph)
+        state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         if self._made[0] != state:
             self._made = state, {}
         compiled = self._made[1]
@@ -215,7 +216,10 @@ def _subgraph(reference: QGraphModule, region: _Region) -> QGraphModule:
             if source.op == "get_attr" and source not in made:
                 made[source] = graph.node_copy(source)
                 target = str(source.target)
-                set_tensor(root, target, get_attribute(reference, target), is_persistent(reference, target))
+                value = get_attribute(reference, target)
+                with torch.inference_mode(False):  # Writes into the state must be counted.
+                    value = value.clone() if value.is_inference() else value
+                set_tensor(root, target, value, is_persistent(reference, target))
         if node.op == "call_module":
             owner, _, last = str(node.target).rpartition(".")
             place_for(root, owner)._modules[last] = submodule(reference, str(node.target))

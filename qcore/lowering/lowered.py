@@ -32,13 +32,15 @@ def converted(reference: QGraphModule, lowered: Lowered) -> nn.Module:
     """The lowered model with its record and all that its user reads of it."""
     module, record = lowered.module, record_of(reference)
     assert record is not None
+    told = replace(record, kernels=lowered.kernels, declined=lowered.declined)
     if module is reference:
+        vars(module)[RECORD] = told
         return module
     for name in record.preserved:
         if not hasattr(module, name):
             adopt(module, reference, name)
     module.train(reference.training)
-    record = replace(record, stage="converted", kernels=lowered.kernels, declined=lowered.declined)
+    record = replace(told, stage="converted")
     if not isinstance(module, QGraphModule):
         vars(module)[RECORD] = record
         return module

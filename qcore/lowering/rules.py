@@ -8,7 +8,7 @@ by themselves. What has no kernel stays the float operator that it is in the ref
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from qcore import ops
 from qcore.backend_config import Pattern
 from qcore.errors import LoweringError
+from qcore.fx.constraints import gives_float, reads_float
 from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
 from qcore.fx.nodes import copied_graph, drop_unread, new_node
 from qcore.fx.operators import PAD, Kind, activation_inputs, anchor_key, operator_of, pattern_keys
@@ -49,9 +50,11 @@ class QuantizedCall:
             result over them.
         keeps_qparams: whether the plan gives the result the qparams of all inputs. (Others may be equal by chance,
             which says nothing of the next state that is loaded.)
-        dynamic: if the kernel is called with a float and finds its qparams itself: the range of the integers.
+        dynamic: if the kernel is called with floats, and finds the qparams of what the first operator reads itself: the
+            range of the integers.
+        sources: the nodes among the arguments of the chain that stand for the inputs, in the same order.
         computed: arguments of the chain that the graph computes, such as sizes; the kernel gets them after the inputs.
-        module: what the first node calls, if that is a module of a class that the pattern names.
+        modules: what each node of the chain calls, where that is a module of a class that the pattern names.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -62,8 +65,14 @@ class QuantizedCall:
     overwritable: tuple[bool, ...] = ()
     keeps_qparams: bool = False
     dynamic: tuple[int, int] | None = None
+    sources: tuple[fx.Node, ...] = ()
     computed: tuple[fx.Node, ...] = ()
-    module: nn.Module | None = None
+    modules: tuple[nn.Module | None, ...] = ()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that the first node calls, if it calls one."""
+        return self.modules[0] if self.modules else None
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -159,7 +168,7 @@ class _Table:
         for rule in rules:
             self._rules.setdefault((rule.is_dynamic, *pattern_keys(rule.pattern)), []).append(rule)
 
-    def build(self, call: QuantizedCall, keys: Sequence[object]) -> "nn.Module | Declined":
+    def build(self, call: QuantizedCall, keys: tuple[object, ...]) -> "nn.Module | Declined":
         """The kernel for a call of these operators."""
         declined = Declined("")
         for rule in self._rules.get((call.dynamic is not None, *keys), ()):
@@ -199,6 +208,10 @@ class _Lowering:
     def run(self, graph_class: type[QGraphModule]) -> QGraphModule:
         for decision in self.record.plan.quantized:
             self.lower(decision)
+        for node, (moved, _) in self.moved.items():
+            if not moved.users:  # Who takes its parts out reads them as floats.
+                del self.kernels[node.name]
+                self.declined[node.name] = _in_float(Declined(""))
         for node in self.graph.nodes:
             if _reads_shape(node):
                 node.args = fx.map_arg(node.args, lambda n: found[0] if (found := self.integers(n)) else n)
@@ -214,51 +227,57 @@ class _Lowering:
         return self.moved.get(value)
 
     def lower(self, decision: Decision) -> None:
-        """Let a kernel stand for what a decision computes, and for the quantize after it if there is any."""
+        """Let a kernel stand for what a decision computes, and for the quantize after it if the plan has one there."""
+        config, result = decision.dtype_config, self.nodes[decision.node]
+        assert config is not None
         chain = [self.nodes[name] for name in decision.nodes if name not in self.record.plan.absorbed]
-        result = self.nodes[decision.node]
-        quantize = next((user for user in result.users if user.target is ops.quantize_per_tensor), None)
-        found = self.call(chain, quantize)
-        if found is None:
-            return  # It reads floats: only its weight is quantized.
-        call, sources = found
-        built = self.table.build(call, [anchor_key(node, self.module_types) for node in chain])
+        is_dynamic = chain[0].name in self.record.plan.dynamic
+        if reads_float(config) and not is_dynamic:
+            return  # Only its weight is quantized.
+        own = () if gives_float(config) else result.users  # Else whoever reads the float quantizes it.
+        quantize = next((user for user in own if user.target is ops.quantize_per_tensor), None)
+        call, given = self.call(chain, quantize)
+        reads_integers = len(given) == len(call.sources)
+        keys = tuple(anchor_key(node, self.module_types) for node in chain)
+        built = self.table.build(call, keys) if reads_integers else Declined("it reads floats")
         if not isinstance(built, Declined):
             self.kernels[decision.node] = getattr(built, "kernel_name", type(built).__name__)
             replaced = result if quantize is None else quantize
             with self.graph.inserting_before(replaced):
-                kernel = self.add_module(chain[0].name, built, (*sources, *call.computed))
+                kernel = self.add_module(chain[0].name, built, (*given, *call.computed))
             replaced.replace_all_uses_with(kernel)
-        elif self.move(chain[0], quantize):
+        elif len(chain) == 1 and self.move(chain[0], quantize):
             self.kernels[decision.node] = _AS_THEY_ARE
         else:
-            how = "rounded at run time, computed in float" if call.dynamic else "float between dequantize and quantize"
-            self.declined[decision.node] = f"no kernel{f' ({built.reason})' if built.reason else ''}: {how}"
+            self.declined[decision.node] = _in_float(built, is_dynamic)
 
-    def call(self, chain: Sequence[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]] | None:
-        """What a chain computes on integers, and the nodes that the kernel is called with; ``None`` on floats."""
+    def call(self, chain: Sequence[fx.Node], quantize: fx.Node | None) -> tuple[QuantizedCall, list[fx.Node]]:
+        """What a chain computes on integers, and the nodes that give those; fewer than it reads if some are floats."""
         anchor = chain[0]
         weights, biases, own = self.weights(anchor)
         sources = [s for node in chain for s in activation_inputs(node) if s not in chain]
         own.update(sources, chain)
         computed = tuple(dict.fromkeys(s for node in chain for s in node.all_input_nodes if s not in own))
-        if anchor.name in self.record.plan.dynamic:
-            value, *bounds = sources[0].args
-            call = QuantizedCall(tuple(chain), (), weights, biases, dynamic=tuple(bounds), computed=computed)  # type: ignore[arg-type]
-            return call, [_node(value)]
-        found = [integers for source in sources if (integers := self.integers(source)) is not None]
-        if len(found) < len(sources):
-            return None
         call = QuantizedCall(
             nodes=tuple(chain),
-            inputs=tuple(self.qparams(key) for _, key in found),
+            inputs=(),
             weights=weights,
             biases=biases,
+            dynamic=self.record.plan.dynamic.get(anchor.name),
+            sources=tuple(sources),
+            computed=computed,
+            modules=tuple(submodule(self.reference, str(n.target)) if n.op == "call_module" else None for n in chain),
+        )
+        if call.dynamic is not None:
+            rounded = ops.dynamic_quantize_dequantize
+            return call, [_node(source.args[0]) if source.target is rounded else source for source in sources]
+        found = [integers for source in sources if (integers := self.integers(source)) is not None]
+        call = replace(
+            call,
+            inputs=tuple(self.qparams(key) for _, key in found),
             output=None if quantize is None else self.unclamped(quantize)[1],
             overwritable=tuple(self.is_overwritable(node, found, chain[-1]) for node, _ in found),
             keeps_qparams=quantize is not None and all(key == _key(quantize) for _, key in found),
-            computed=computed,
-            module=submodule(self.reference, str(anchor.target)) if anchor.op == "call_module" else None,
         )
         return call, [node for node, _ in found]
 
@@ -355,6 +374,12 @@ class _Lowering:
         node = new_node(self.graph, "call_module", name, args)
         self.modules[node] = module
         return node
+
+
+def _in_float(declined: Declined, is_dynamic: bool = False) -> str:
+    """What ``explain`` says of a decision that has no kernel."""
+    how = "rounded at run time, computed in float" if is_dynamic else "float between dequantize and quantize"
+    return f"no kernel{f' ({declined.reason})' if declined.reason else ''}: {how}"
 
 
 def _node(argument: Any) -> fx.Node:

@@ -82,7 +82,12 @@ def _lowered(answer: Any) -> str:
     problem = _no_instance(answer, Lowered)
     if problem:
         return f"{problem}; give Lowered(module)" if isinstance(answer, nn.Module) else problem
-    return _record(answer, Lowered, module=nn.Module, kernels=Mapping, declined=Mapping)
+    problem = _record(answer, Lowered, module=nn.Module, kernels=Mapping, declined=Mapping)
+    for name in () if problem else ("kernels", "declined"):
+        for item in getattr(answer, name).items():
+            if not all(isinstance(part, str) for part in item):
+                return f"returned Lowered({name}={{{item[0]!r}: {item[1]!r}}}), which doesn't map names to names"
+    return problem
 
 
 #: The check of each hook's answer.

@@ -18,7 +18,7 @@ from qcore.qconfig import QConfig, default_histogram_observer, default_per_chann
 from qcore.qconfig_mapping import QConfigMapping
 
 _OWN_OUTPUT = (
-    *op.CONV, *op.CONV_TRANSPOSE, op.LINEAR, op.BATCH_NORM, op.ADD, op.MUL, op.MATMUL, *op.AVG_POOL,
+    *op.CONV, *op.CONV_TRANSPOSE, op.LINEAR, *op.RNN_CELLS, op.BATCH_NORM, op.ADD, op.MUL, op.MATMUL, *op.AVG_POOL,
     *op.ADAPTIVE_AVG_POOL, op.MEAN, op.HARDSWISH, op.LEAKY_RELU, op.ELU, op.SILU, op.GELU, op.INTERPOLATE,
 )  # fmt: skip
 _ONE_SIDED_FIXED = (op.SIGMOID, op.HARDSIGMOID, op.SOFTMAX)

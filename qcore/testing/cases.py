@@ -176,6 +176,20 @@ class _Functional(nn.Module):
         return F.linear(input=y, weight=self.matrix)
 
 
+class _Cell(nn.Module):
+    """A recurrent cell, by its function: an operator with two weights and two biases."""
+
+    def __init__(self, function: Callable[..., Tensor], gates: int, bias: bool = True) -> None:
+        super().__init__()
+        self.function = function
+        self.w_ih, self.w_hh = nn.Parameter(torch.randn(gates * 5, 7) / 3), nn.Parameter(torch.randn(gates * 5, 5) / 3)
+        self.b_ih = nn.Parameter(torch.randn(gates * 5)) if bias else None
+        self.b_hh = nn.Parameter(torch.randn(gates * 5)) if bias else None
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.function(x, state, self.w_ih, self.w_hh, self.b_ih, self.b_hh)
+
+
 def _conv(*arguments: Any, n: int = 2, **keywords: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(getattr(nn, f"Conv{n}d")(*arguments, **keywords))
 
@@ -249,6 +263,10 @@ _WEIGHTED = [
     Case("linear + hardsigmoid", lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardsigmoid()), ((2, 8),)),
     Case("linear + leaky ReLU", lambda: nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.2)), ((2, 8),)),
     Case("linear + tanh", lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh()), ((2, 8),)),
+    Case("gru_cell", lambda: _Cell(torch.gru_cell, 3), ((2, 7), (2, 5))),
+    Case("gru_cell without biases", lambda: _Cell(torch.gru_cell, 3, bias=False), ((2, 7), (2, 5))),
+    Case("rnn_tanh_cell", lambda: _Cell(torch.rnn_tanh_cell, 1), ((2, 7), (2, 5))),
+    Case("rnn_relu_cell", lambda: _Cell(torch.rnn_relu_cell, 1), ((2, 7), (2, 5))),
 ]
 
 _RESIDUAL = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from qcore_torch_kernels.kernel import KernelModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -18,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcore
 from qcore.errors import NotSupportedError
+from tests.native import kernels_of
 
 #: In the environment without torch.ao; torch's own inductor and ``jit.trace`` import it.
 TORCH_AO_IS_BLOCKED = bool(os.environ.get("QCORE_TESTS_BLOCK_TORCH_AO"))
@@ -180,7 +180,7 @@ def test_a_model_in_parts_or_with_a_float_one_beside_it_is_compiled_around_its_g
 @torch.no_grad()
 def test_a_kernel_by_itself_is_not_compiled_either(converted: tuple[nn.Module, Tensor]) -> None:
     model, x = converted
-    kernels = [module for module in model.modules() if isinstance(module, KernelModule)]
+    kernels = kernels_of(model)
     given: dict[nn.Module, Any] = {}
     for kernel in kernels:  # Some write their result over an input.
         kernel.register_forward_pre_hook(lambda module, args: given.update({module: [x.clone() for x in args]}))
@@ -265,9 +265,7 @@ def test_who_would_see_something_else_than_the_model_does_is_refused(
 @torch.no_grad()
 def test_a_kernel_by_itself_refuses_them_as_well(installed_backend: str, who: str) -> None:
     model, x = rows(installed_backend)
-    kernel = next(
-        module for module in model.modules() if isinstance(module, KernelModule) and module.kernel_name == "quantize"
-    )
+    kernel = next((kernel for kernel in kernels_of(model) if kernel.kernel_name == "quantize"), None)
     with pytest.raises(NotSupportedError, match="backend's kernels"):
         REFUSED[who](kernel, x)
 

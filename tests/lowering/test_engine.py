@@ -114,6 +114,19 @@ def test_it_compiles_once_for_each_shape_and_again_when_the_state_changes():
     assert torch.equal(converted(X), reference(X))
 
 
+def test_a_model_that_is_converted_in_inference_mode_hears_of_its_state():
+    with torch.inference_mode():
+        reference, converted = both(nn.Sequential(nn.Conv2d(3, 4, 1)), X.clone())
+        before = converted(X)
+        state = {name: value.clone() for name, value in converted.state_dict().items()}
+    for value in converted.state_dict().values():
+        if value.dtype == torch.int8:
+            value.neg_()
+    assert not torch.equal(converted(X), before)
+    converted.load_state_dict(state)
+    assert torch.equal(converted(X), before) and torch.equal(reference(X), before)
+
+
 def test_copies_and_pickles_compute_the_same_and_hold_nothing_compiled():
     reference, converted = both(Net(), X)
     expected = converted(X)
