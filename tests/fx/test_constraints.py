@@ -105,6 +105,7 @@ def constraints(**demands):
         (MinMaxObserver.with_args(quant_min=0, quant_max=127), {"quant_max_upper_bound": 127}, None),
         (MinMaxObserver.with_args(eps=2**-13), {"scale_min_lower_bound": 2**-12}, r"eps 0.0001220703125 < 0.000244"),
         (MinMaxObserver, {"scale_min_lower_bound": 2**-12}, None),
+        (MinMaxObserver.with_args(eps=2**-12), {"scale_min_lower_bound": 2**-12}, None),
         (FixedQParamsObserver.with_args(scale=0.5, zero_point=0), {"scale_exact_match": 0.25}, "scale 0.5, it takes"),
         (FixedQParamsObserver.with_args(scale=0.5, zero_point=1), {"zero_point_exact_match": 0}, "point 1, it takes"),
         (FixedQParamsObserver.with_args(scale=0.5, zero_point=1), {"zero_point_exact_match": 1}, None),

@@ -121,3 +121,8 @@ def test_what_is_kept_of_a_call_is_state(name, value):
 )
 def test_a_note_of_what_was_found_is_none(name, value):
     assert harmless(sets(name, value))
+
+
+def test_a_module_that_is_given_a_parameter_may_write_into_it():
+    assert not harmless(lambda m, x: x @ m.act(m.linear.weight), act=nn.Sigmoid())
+    assert harmless(lambda m, x: x @ torch.sigmoid(m.linear.weight))

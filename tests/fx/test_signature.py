@@ -233,6 +233,11 @@ class Grows(list):
 
 
 def test_only_tensors_by_position_are_plain():
+    class Both(nn.Module):
+        def forward(self, x, /, y):
+            return x
+
+    assert CallSignature.of(Both(), (T, T), {}, "").is_plain
     assert CallSignature.of(Plain(), (T, T), {}, "").is_plain
     assert CallSignature.of(Plain(), (T,), {"y": T}, "").is_plain
     assert not CallSignature.of(Plain(), (T, None), {}, "").is_plain

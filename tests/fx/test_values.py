@@ -139,3 +139,16 @@ def test_values_are_found_in_all_that_an_argument_may_be():
     traced(body, X)
     assert sorted(found[0]) == [False, True, True]
     assert values_in([1, "a", X, {"b": (None,)}]) == []
+
+
+def test_an_item_that_is_set_is_seen_by_all_who_hold_the_tensor():
+    def body(x):
+        y = held = x + 1
+        y[0] = 5.0
+        y[:, 1] = x[:, 0] * 2
+        y[1] += 3
+        return held, y.sum()
+
+    expected = body(X)
+    for found, wanted in zip(traced(body, X)(X), expected, strict=True):
+        assert torch.equal(found, wanted)
