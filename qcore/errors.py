@@ -2,7 +2,7 @@
 
     QcoreError
     ├── ConfigError (ValueError)          a request that can't be honoured; lists every problem at once
-    ├── UnsupportedQConfigError           on_unsupported="error": a qconfig that the backend doesn't accept
+    │   └── UnsupportedQConfigError       on_unsupported="error": a qconfig that the backend doesn't accept
     ├── NotSupportedError                 an argument that qcore knows and doesn't implement (yet)
     ├── ModelError
     │   ├── TrainingModeError             post-training quantization of a model in training mode

@@ -206,15 +206,6 @@ def test_the_module_paths_that_migration_by_find_and_replace_needs(module):
     assert importlib.import_module(f"qcore.{module}")
 
 
-def test_every_hook_is_documented():
-    from qcore.plugins import hookspecs
-
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    for name in vars(hookspecs):
-        if name.startswith("qcore_"):
-            assert f"`{name}" in page
-
-
 def test_each_pass_is_followed_by_its_check(monkeypatch):
     import torch
 
@@ -294,9 +285,26 @@ def test_there_is_one_record_a_stage_and_nothing_beside_it():
             assert not record.plan.observers and not record.plan.notes  # No pass writes into the plan.
 
 
-def test_every_error_stands_in_the_drawn_tree():
-    from qcore import errors
+#: The rooms whose tests stand in a room of the same name, a file for each module.
+MIRRORED = [
+    path
+    for path in CORE
+    if path.parent.name in ("fx", "observer", "lowering", "plugins") and path.name != "__init__.py"
+]
 
-    for name, value in vars(errors).items():
-        if isinstance(value, type) and issubclass(value, (errors.QcoreError, errors.QcoreWarning)):
-            assert re.search(rf"\b{name}\b", errors.__doc__), name
+
+@pytest.mark.parametrize("path", MIRRORED, ids=relative)
+def test_the_tests_mirror_the_rooms(path):
+    mirrored = ROOT / "tests" / path.parent.name / f"test_{path.name}"
+    assert mirrored.is_file(), f"{relative(path)} has no {relative(mirrored)}"
+    assert re.search(r"^\s*def test_|^class Test", mirrored.read_text(), re.MULTILINE), relative(mirrored)
+
+
+def test_and_no_test_stands_in_a_room_whose_module_is_gone():
+    """A module that is renamed takes its tests along; what crosses modules stands outside of the rooms."""
+    modules = {(path.parent.name, path.name) for path in MIRRORED}
+    rooms = {room for room, _ in modules}
+    tests = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
+    assert [
+        relative(path) for path in tests if (path.parent.name, path.name.removeprefix("test_")) not in modules
+    ] == []

@@ -12,60 +12,15 @@ from torch import nn
 
 import qcore
 from qcore import MinMaxObserver, QConfig, QConfigMapping, errors
+from tests.small import INPUTS, INT8, calibrated, model, prepare
 
 TORCH_AO_IS_BLOCKED = bool(os.environ.get("QCORE_TESTS_BLOCK_TORCH_AO"))
-
-
-def model():
-    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-
-
-INPUTS = (torch.randn(2, 4),)
-INT8 = QConfig(MinMaxObserver, MinMaxObserver.with_args(dtype=torch.int8, qscheme=torch.per_tensor_symmetric))
-
-
-def prepare(module=None, mapping=None, inputs=INPUTS, **arguments):
-    mapping = QConfigMapping().set_global(INT8) if mapping is None else mapping
-    return qcore.prepare_fx(module or model(), mapping, inputs, backend="reference", **arguments)
-
-
-def test_names_that_match_nothing_are_all_listed_with_what_was_meant():
-    mapping = QConfigMapping().set_module_name("O", INT8).set_module_name("layer1", None)
-    mapping.set_module_name_regex("conv.*", INT8).set_module_name_object_type_order("", nn.Linear, 7, INT8)
-    named = nn.ModuleDict({"layer10": nn.Linear(4, 4)}).eval()
-    named.forward = lambda x: named["layer10"](x)
-    with pytest.raises(errors.ConfigError) as caught:
-        qcore.prepare_fx(named, mapping, INPUTS, backend="reference")
-    assert len(caught.value.problems) == 3
-    assert "set_module_name('layer1') matches no module; did you mean 'layer10'?" in str(caught.value)
-    assert "set_module_name_regex('conv.*') matches no module" in str(caught.value)
 
 
 def test_a_call_number_that_does_not_exist():
     mapping = QConfigMapping().set_module_name_object_type_order("", nn.Linear, 7, INT8)
     with pytest.raises(errors.ConfigError, match=r"order\('', Linear, 7\) matches no call"):
         prepare(mapping=mapping)
-
-
-def test_an_observer_instance():
-    with pytest.raises(errors.ConfigError, match=r"activation=.*instance of MinMaxObserver.*MinMaxObserver.with_args"):
-        QConfig(activation=MinMaxObserver(), weight=MinMaxObserver)
-
-
-def test_observers_that_cannot_be_built_are_all_listed_with_their_rules():
-    wrong = QConfig(MinMaxObserver.with_args(quant_min=3, quant_max=1), MinMaxObserver.with_args(dtype=torch.bool))
-    with pytest.raises(errors.ConfigError) as caught:
-        prepare(mapping=QConfigMapping().set_global(wrong).set_object_type(nn.Linear, QConfig(list, MinMaxObserver)))
-    text = str(caught.value)
-    assert "global, activation: MinMaxObserver: the range 3..1 must hold 0" in text
-    assert "object_type Linear, activation" in text and "isn't a qcore observer" in text
-
-
-def test_a_model_in_training_mode_names_what_is_training():
-    module = model()
-    module[2].train()
-    with pytest.raises(errors.TrainingModeError, match=r"in training mode are: 2\. Call model.eval"):
-        prepare(module)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +66,11 @@ def test_a_model_in_which_nothing_can_be_quantized_says_why(traceable):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ignored = prepare(made, on_unsupported="ignore")
-    for model in (prepared, ignored):
-        (decision,) = qcore.explain(model).decisions
+    for found in (prepared, ignored):
+        (decision,) = qcore.explain(found).decisions
         assert not decision.quantized and decision.reason
-        assert torch.equal(model(INPUTS[0]), made(INPUTS[0]))
-        assert torch.equal(qcore.convert_fx(model)(INPUTS[0]), made(INPUTS[0]))
+        assert torch.equal(found(INPUTS[0]), made(INPUTS[0]))
+        assert torch.equal(qcore.convert_fx(found)(INPUTS[0]), made(INPUTS[0]))
 
 
 def test_fusing_a_model_that_cannot_be_traced_names_submodule_and_line():
@@ -226,12 +181,6 @@ def test_what_is_not_supported_yet_says_so_and_is_never_ignored(call):
         call()
 
 
-def calibrated():
-    prepared = prepare()
-    prepared(*INPUTS)
-    return prepared
-
-
 @pytest.mark.parametrize("wrong", [model(), qcore.fuse_fx(model()), "a string"], ids=["float", "fused", "text"])
 def test_converting_what_prepare_did_not_make(wrong):
     with pytest.raises(errors.ConfigError, match="convert_fx needs what prepare_fx returned"):
@@ -248,103 +197,10 @@ def test_another_backend_config_at_convert():
         qcore.convert_fx(calibrated(), backend_config=narrow_config())
 
 
-def test_wrong_types_are_all_listed():
-    with pytest.raises(errors.ConfigError) as caught:
-        qcore.prepare_fx("model", QConfigMapping(), 3, backend="reference", on_unsupported="maybe")
-    assert len(caught.value.problems) == 3
-    with pytest.raises(errors.ConfigError, match="expected a qcore.QConfigMapping, found list"):
-        prepare(mapping=[])
-    with pytest.raises(errors.ConfigError, match="expected a qcore.QConfig or None"):
-        QConfigMapping().set_global(MinMaxObserver)
-    with pytest.raises(errors.ConfigError, match="backend_config: expected a qcore.BackendConfig, found dict"):
-        prepare(backend_config={})
-
-
-def test_all_problems_of_a_request_come_at_once():
-    mapping = {
-        "": MinMaxObserver, "object_type": [("Linear", INT8), (nn.ReLU(), INT8), (nn.Linear, INT8, 3)],
-        "module_name_regex": [("(", INT8)], "module_name": [(3, INT8)],
-        "module_name_object_type_order": [("", nn.Linear, -1, INT8)], "module": [],
-    }  # fmt: skip
-    custom = qcore.PrepareCustomConfig().set_non_traceable_module_names(["nope"]).set_preserved_attributes(["gone"])
-    with pytest.raises(errors.ConfigError) as caught:
-        qcore.prepare_fx(
-            model(), mapping, INPUTS[0], custom, backend_config=3, backend=4, on_unsupported="maybe",
-            concrete_args=[1], tracer=torch.fx.Tracer,
-        )  # fmt: skip
-    expected = [
-        "example_inputs: expected a tuple", "backend: expected the name of a backend, found int",
-        "backend_config: expected a qcore.BackendConfig, found int", "concrete_args: expected a dictionary",
-        "tracer: expected a torch.fx.Tracer, found the class Tracer", "on_unsupported: expected",
-        "unknown keys ['module']", "set_global: expected a qcore.QConfig",
-        "did you mean torch.nn.Linear?", "found an instance of ReLU; give ReLU itself", "wrong number of entries",
-        "'(' is no regular expression", "set_module_name: expected a string, found 3",
-        "expected the number of a call, from 0, found -1", "'nope' is no module", "no attribute 'gone'",
-    ]  # fmt: skip
-    assert len(caught.value.problems) == len(expected), caught.value
-    for text, problem in zip(expected, caught.value.problems, strict=True):
-        assert text in problem
-    assert isinstance(caught.value, ValueError)
-
-
-def test_problems_of_rules_and_of_observers_come_together():
-    wrong = QConfig(MinMaxObserver.with_args(eps=-1), MinMaxObserver)
-    mapping = QConfigMapping().set_module_name("9", wrong).set_module_name("", INT8)
-    mapping.set_module_name_object_type_order("8", nn.Linear, 0, INT8)
-    with pytest.raises(errors.ConfigError) as caught:
-        prepare(mapping=mapping)
-    assert [problem.split(":")[0].split(" matches")[0] for problem in caught.value.problems] == [
-        "module_name '9', activation", "set_module_name('9')",
-        "set_module_name('') names the model itself; say set_global",
-        "set_module_name_object_type_order('8', Linear, 0)",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("setter", "value"),
-    [
-        ("set_non_traceable_module_names", "0.1"), ("set_non_traceable_module_names", [nn.Linear]),
-        ("set_non_traceable_module_classes", nn.Linear), ("set_non_traceable_module_classes", ["Linear"]),
-        ("set_preserved_attributes", "name"), ("set_preserved_attributes", 3),
-    ],
-)  # fmt: skip
-def test_a_custom_config_takes_lists(setter, value):
-    with pytest.raises(errors.ConfigError, match=f"{setter}: expected a list of "):
-        getattr(qcore.PrepareCustomConfig(), setter)(value)
-    if setter == "set_preserved_attributes":
-        with pytest.raises(errors.ConfigError, match="expected a list of names"):
-            qcore.convert_fx(calibrated(), {"preserved_attributes": value})
-
-
-def test_wrong_types_given_to_convert_and_fuse():
-    for verb in (qcore.convert_fx, qcore.convert_to_reference_fx):
-        with pytest.raises(errors.ConfigError, match="convert_custom_config: expected a qcore.ConvertCustomConfig"):
-            verb(calibrated(), qcore.PrepareCustomConfig())
-        with pytest.raises(errors.ConfigError, match=r"unknown keys \['x'\] in the custom config"):
-            verb(calibrated(), {"x": 1})
-    with pytest.raises(errors.ConfigError) as caught:
-        qcore.fuse_fx("model", backend=3)
-    assert len(caught.value.problems) == 2
-
-
 @pytest.mark.parametrize("version", [1, 99, -1, "0", None, 0.0, True])
 def test_a_version_of_a_default_mapping_that_there_is_not(installed_backend, version):
     with pytest.raises(errors.ConfigError, match=f"{installed_backend}.*has no version .*; it has: 0"):
         qcore.get_default_qconfig_mapping(installed_backend, version=version)
-
-
-def test_a_pattern_config_without_pattern_or_dtypes():
-    with pytest.raises(errors.ConfigError, match="without a pattern"):
-        qcore.BackendConfig("b").set_backend_pattern_config(qcore.BackendPatternConfig())
-    with pytest.raises(errors.ConfigError, match="accepts no dtypes"):
-        qcore.BackendConfig("b").set_backend_pattern_config(qcore.BackendPatternConfig(nn.Linear))
-
-
-def test_custom_config_names_that_match_nothing():
-    custom = qcore.PrepareCustomConfig().set_non_traceable_module_names(["nope"]).set_preserved_attributes(["gone"])
-    with pytest.raises(errors.ConfigError, match="nope") as caught:
-        prepare(prepare_custom_config=custom)
-    assert len(caught.value.problems) == 2
 
 
 def test_explaining_a_model_that_qcore_did_not_make():
@@ -366,35 +222,6 @@ def test_dropping_is_never_silent():
     plan = qcore.explain(prepare(Mixed().eval()))
     assert all(d.quantized or d.reason for d in plan.decisions)
     assert len(plan.floating) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"quant_min_lower_bound": 10, "quant_max_upper_bound": 5}, r"the range 10\.\.5 must hold two integers"),
-        ({"quant_min_lower_bound": 5, "quant_max_upper_bound": 5}, r"the range 5\.\.5 must hold two integers"),
-        ({"quant_max_upper_bound": 256}, r"the range 0\.\.256 .* fit uint8"),
-        ({"quant_min_lower_bound": -1}, r"the range -1\.\.255 .* fit uint8"),
-        ({"quant_min_lower_bound": 0.5}, "quant_min_lower_bound must be a whole number"),
-        ({"quant_max_upper_bound": float("nan")}, "quant_max_upper_bound must be a whole number"),
-        ({"zero_point_exact_match": 300}, r"zero_point_exact_match 300 lies outside the range 0\.\.255"),
-        ({"zero_point_exact_match": 100, "quant_max_upper_bound": 9}, r"lies outside the range 0\.\.9"),
-        ({"zero_point_exact_match": 0.5}, "zero_point_exact_match must be a whole number"),
-        ({"ch_axis": "0"}, "ch_axis must be a whole number"),
-        ({"scale_min_lower_bound": 2, "scale_max_upper_bound": 1}, "scale_min_lower_bound 2 lies above"),
-        ({"scale_exact_match": 2, "scale_max_upper_bound": 1}, r"scale_exact_match 2 lies outside 0\.0\.\.1"),
-    ],
-)
-def test_constraints_that_nothing_can_meet(arguments, message):
-    with pytest.raises(errors.ConfigError, match=message):
-        qcore.DTypeWithConstraints(torch.uint8, **arguments)
-
-
-def test_all_that_is_wrong_with_constraints_comes_at_once():
-    with pytest.raises(errors.ConfigError) as caught:
-        qcore.DTypeWithConstraints(torch.quint8, 9, 3, 5.0, 4.0, zero_point_exact_match=20)
-    assert len(caught.value.problems) == 3
-    qcore.DTypeWithConstraints(torch.float32, 0.0, 255.0, 2**-12)  # As torch.ao's own configs have them.
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qcore
-from qcore import QConfigMapping, default_dynamic_qconfig, default_weight_only_qconfig, ops
+from qcore import QConfigMapping, default_dynamic_qconfig, default_weight_only_qconfig
 
 
 def converted(model, qconfig, x, backend, **rules):
@@ -95,15 +95,6 @@ def test_a_backend_that_offers_neither_says_so():
             qcore.prepare_fx(
                 nn.Sequential(nn.Linear(4, 4)).eval(), mapping, (torch.randn(2, 4),), backend_config=config
             )
-
-
-def test_qparams_at_run_time():
-    scale, zero_point = ops.dynamic_qparams(torch.tensor([-1.0, 0.5, 2.0]), 0, 255)
-    assert float(scale) == pytest.approx(3 / 255) and int(zero_point) == 85
-    scale, zero_point = ops.dynamic_qparams(torch.tensor([1.0, 2.0]), 0, 255)  # Zero is always included.
-    assert float(scale) == pytest.approx(2 / 255) and int(zero_point) == 0
-    for empty in (torch.empty(0), torch.zeros(3)):
-        assert torch.equal(ops.dynamic_quantize_dequantize(empty, 0, 255), empty)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1.0, 1e6])

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qcore
-from qcore import ops
-from qcore.errors import DtypeError, GuardError, NotSupportedError, QcoreError
+from qcore.errors import GuardError
 from tests.native import kernels_of
 
 EXACT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -86,46 +85,6 @@ def test_what_a_cast_could_change_is_refused_by_name(installed_backend: str, sta
 
 
 @STAGES
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [(None, "None"), ([[1.0] * 8], "a list"), (1.5, "a float"), (torch.ones(1, 8).numpy(), "a ndarray")],
-)
-def test_what_is_no_tensor_is_refused_by_name(installed_backend: str, stage: str, value: Any, kind: str) -> None:
-    model = made(stage, installed_backend)
-    for _ in range(3):
-        with pytest.raises(
-            GuardError, match=f"argument features of Small: {kind}; the model was prepared with a tensor"
-        ):
-            model(value)
-    assert model(torch.randn(6, 8)).shape == (6, 4)
-
-
-@STAGES
-def test_other_errors_stay_what_they_are(installed_backend: str, stage: str) -> None:
-    model = made(stage, installed_backend)
-    with pytest.raises(TypeError, match="argument"):
-        model()
-    with pytest.raises((RuntimeError, QcoreError)) as caught:
-        model(torch.randn(6, 9))
-    assert not isinstance(caught.value, GuardError)
-
-
-def test_a_dtype_that_the_models_own_code_takes_is_none_of_qcores_business(installed_backend: str) -> None:
-    class Images(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x / 255)
-
-    model = made("converted", installed_backend, Images())
-    pixels = torch.randint(0, 256, (6, 8), dtype=torch.uint8)
-    assert torch.equal(model(pixels), model(pixels.float()))
-
-
-@STAGES
 @pytest.mark.parametrize("how", ["half", "bfloat16", "double"])
 @torch.no_grad()
 def test_a_change_of_dtype_leaves_the_scales_and_the_graph_as_they_are(
@@ -147,21 +106,6 @@ def test_a_kernel_by_itself_keeps_its_scales(installed_backend: str) -> None:
         state = copy.deepcopy(kernel.state_dict())
         for name, value in kernel.half().state_dict().items():
             assert value.dtype == state[name].dtype and torch.equal(value, state[name])
-
-
-@torch.no_grad()
-def test_a_model_on_the_meta_device_has_no_data_until_it_is_loaded(installed_backend: str) -> None:
-    model, x = made("converted", installed_backend), torch.randn(6, 8)
-    wanted, state = model(x), copy.deepcopy(model.state_dict())
-    for _ in range(3):
-        with pytest.raises(QcoreError, match=r"argument features of Small: a tensor of torch\.float32 on meta; the"):
-            copy.deepcopy(model)(x.to("meta")) if installed_backend != "reference" else pytest.skip("it gives shapes")
-    empty = model.to("meta")
-    with pytest.raises(NotSupportedError, match=r"Small is on the meta device.*load_state_dict\(state, assign=True\)"):
-        empty(x.to("meta"))
-    empty.load_state_dict(state, assign=True)
-    for _ in range(3):
-        assert torch.equal(empty(x), wanted)
 
 
 @torch.no_grad()
@@ -193,22 +137,3 @@ def test_a_float_model_beside_takes_what_the_graph_refuses(installed_backend: st
     with pytest.raises(RuntimeError, match="dtype") as caught:  # The float model's own error, after the graph's.
         model(x.double())
     assert isinstance(caught.value.__context__, GuardError)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
-def test_the_operators_refuse_what_they_would_have_to_round(dtype: torch.dtype) -> None:
-    x = torch.ones(3).to(dtype)
-    with pytest.raises(DtypeError, match=rf"float32.*found {dtype}; cast it: x\.float\(\)"):
-        ops.quantize_per_tensor(x, torch.tensor(0.1), torch.tensor(0), 0, 255, torch.uint8)
-    with pytest.raises(DtypeError):
-        ops.quantize_per_channel(x, torch.ones(3), torch.zeros(3, dtype=torch.int64), 0, 0, 255, torch.uint8)
-    with pytest.raises(DtypeError):
-        ops.dynamic_quantize_dequantize(x, 0, 255)
-
-
-@EXACT
-def test_the_operators_compute_in_float32(dtype: torch.dtype) -> None:
-    x = (torch.randn(500) * 3).to(dtype)
-    arguments = (torch.tensor(0.0317), torch.tensor(128), 0, 255, torch.uint8)
-    assert torch.equal(ops.quantize_per_tensor(x, *arguments), ops.quantize_per_tensor(x.float(), *arguments))
-    assert torch.equal(ops.dynamic_quantize_dequantize(x, 0, 255), ops.dynamic_quantize_dequantize(x.float(), 0, 255))

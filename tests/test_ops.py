@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcore import ops
+from qcore.errors import DtypeError
 
 
 def quantize(values, scale, zero_point, low=0, high=255, dtype=torch.uint8):
@@ -73,3 +74,34 @@ def test_they_run_on_fake_tensors():
 def test_torch_finds_them_well_defined():
     arguments = (torch.randn(4), torch.tensor(0.1), torch.tensor(3), 0, 255, torch.uint8)
     torch.library.opcheck(ops.quantize_per_tensor, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+EXACT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_the_operators_refuse_what_they_would_have_to_round(dtype: torch.dtype) -> None:
+    x = torch.ones(3).to(dtype)
+    with pytest.raises(DtypeError, match=rf"float32.*found {dtype}; cast it: x\.float\(\)"):
+        ops.quantize_per_tensor(x, torch.tensor(0.1), torch.tensor(0), 0, 255, torch.uint8)
+    with pytest.raises(DtypeError):
+        ops.quantize_per_channel(x, torch.ones(3), torch.zeros(3, dtype=torch.int64), 0, 0, 255, torch.uint8)
+    with pytest.raises(DtypeError):
+        ops.dynamic_quantize_dequantize(x, 0, 255)
+
+
+@EXACT
+def test_the_operators_compute_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(500) * 3).to(dtype)
+    arguments = (torch.tensor(0.0317), torch.tensor(128), 0, 255, torch.uint8)
+    assert torch.equal(ops.quantize_per_tensor(x, *arguments), ops.quantize_per_tensor(x.float(), *arguments))
+    assert torch.equal(ops.dynamic_quantize_dequantize(x, 0, 255), ops.dynamic_quantize_dequantize(x.float(), 0, 255))
+
+
+def test_qparams_at_run_time():
+    scale, zero_point = ops.dynamic_qparams(torch.tensor([-1.0, 0.5, 2.0]), 0, 255)
+    assert float(scale) == pytest.approx(3 / 255) and int(zero_point) == 85
+    scale, zero_point = ops.dynamic_qparams(torch.tensor([1.0, 2.0]), 0, 255)  # Zero is always included.
+    assert float(scale) == pytest.approx(2 / 255) and int(zero_point) == 0
+    for empty in (torch.empty(0), torch.zeros(3)):
+        assert torch.equal(ops.dynamic_quantize_dequantize(empty, 0, 255), empty)

@@ -11,11 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import qcore
-from qcore.fx.guard import guarded
-from qcore.fx.prepare import garbage_left_alone
 
 
 def in_another_thread(function):
@@ -193,40 +190,6 @@ def test_noise_that_a_forward_draws_is_drawn_at_each_call(draw, is_graph):
     expected = model(x)
     torch.manual_seed(1)
     assert torch.allclose(prepared(x), expected, atol=1e-6)
-
-
-def test_the_garbage_collector_is_on_again_when_the_last_one_is_done():
-    first, second = garbage_left_alone(), garbage_left_alone()
-    assert gc.isenabled()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not gc.isenabled()
-    second.__exit__(None, None, None)
-    assert gc.isenabled()
-
-
-@pytest.mark.parametrize("ends_first", ["the other", "this"])
-def test_overlapping_guards_leave_nothing_behind(ends_first):
-    """Torch's compiler would let all code be, for good."""
-    entered, end = threading.Event(), threading.Event()
-
-    def guard():
-        with guarded(()):
-            entered.set()
-            end.wait(60)
-
-    other = threading.Thread(target=guard)
-    with guarded(()):
-        other.start()
-        entered.wait(60)
-        if ends_first == "the other":
-            end.set()
-            other.join()
-            assert is_in_torch_dispatch_mode()
-    end.set()
-    other.join()
-    assert not is_in_torch_dispatch_mode()
 
 
 def test_preparing_does_not_import_torch_s_compiler():

@@ -59,7 +59,7 @@ def _problem(element: object) -> str:
         return f"{type(element).__name__}(...) is a module; give its class"
     if isinstance(element, functools.partial) or getattr(element, "__name__", "") == "<lambda>":
         return f"{element!r} is no function that a model can call by itself"
-    if getattr(torch.Tensor, getattr(element, "__name__", ""), None) is element:
+    if getattr(torch.Tensor, getattr(element, "__name__", ""), "") is element:
         return f"{element!r} is a method; give its name as a string"
     return "" if callable(element) else f"{element!r} is no operator, function, method name or module class"
 

@@ -241,3 +241,62 @@ def test_a_norm_over_the_middle_of_a_product_is_not_folded():
     model, x = Product().eval(), torch.randn(2, 3, 4)
     prepared = qcore.prepare_fx(model, qcore.get_default_qconfig_mapping("reference"), (x,))
     assert torch.allclose(prepared(x), model(x), atol=1e-5)
+
+
+FUSABLE = {
+    "conv1d": (lambda: [nn.Conv1d(4, 6, 3, bias=False), nn.BatchNorm1d(6)], (2, 4, 9)),
+    "conv2d": (lambda: [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)], (2, 4, 9, 9)),
+    "conv3d": (lambda: [nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6, affine=False)], (2, 4, 5, 5, 5)),
+    "linear": (lambda: [nn.Linear(4, 6), nn.BatchNorm1d(6)], (2, 4)),
+    "transposed": (lambda: [nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)], (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", FUSABLE)
+def test_a_batch_norm_is_folded(name):
+    build, shape = FUSABLE[name]
+    model = nn.Sequential(*build())
+    norm = model[1]
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    if norm.affine:
+        norm.weight.data.normal_()
+        norm.bias.data.normal_()
+    model.eval()
+    fused = fuse(trace(model), BATCH_NORM_FUSIONS)
+    fused.recompile()
+    assert "batch_norm" not in [operator_of(n).name for n in fused.graph.nodes if operator_of(n)]
+    x = torch.randn(shape)
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
+    assert not [key for key in fused.state_dict() if "running" in key]
+
+
+def test_a_convolution_with_two_batch_norms_gets_two_weights():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1)
+            self.a, self.b = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+            self.b.running_var.fill_(4)
+
+        def forward(self, x):
+            return self.a(self.conv(x)) + self.b(self.conv(x))
+
+    model, x = Two().eval(), torch.randn(1, 2, 3, 3)
+    fused = fuse(trace(model), BATCH_NORM_FUSIONS)
+    fused.recompile()
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+def test_a_convolution_that_others_read_keeps_its_batch_norm():
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    fused = fuse(trace(Read().eval()), BATCH_NORM_FUSIONS)
+    assert "batch_norm" in [operator_of(n).name for n in fused.graph.nodes if operator_of(n)]

@@ -1,19 +1,18 @@
 """The user's names and qcore's own side by side, and models that stay complete through copies and pickles."""
 
 import copy
-import gc
 import keyword
 import pickle
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 import qcore
 from qcore import errors
 from qcore.fx.names import free_target, is_free, own_names
+from tests.fx.around import Around, Host, Part, mapping, prepared_for
 
 
 def converted_linear():
@@ -23,10 +22,6 @@ def converted_linear():
     converted = qcore.convert_fx(prepared)
     converted(x)
     return converted
-
-
-def mapping(backend):
-    return qcore.get_default_qconfig_mapping(backend)
 
 
 #: What qcore calls something of its own, now or ever, or what the code of a graph reads.
@@ -90,28 +85,8 @@ class Buffers(nn.Module):
         return F.linear(y, self.own)
 
 
-class Around(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x)
-
-
-class Host(Around):
-    """Stays Python, with a graph in the place of what it holds."""
-
-    def forward(self, x):
-        return x if x.sum() > 1e9 else self.inner(x)
-
-
 PLACES = {"root": lambda model: model, "submodule": Around, "part": Host}
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "copy": copy.copy}
-
-
-def prepared_for(model, x, backend, **custom):
-    return qcore.prepare_fx(model.eval(), mapping(backend), (x,), backend=backend, **custom)
 
 
 def innocent(names):
@@ -257,17 +232,6 @@ def test_free_names_are_free_of_modules_tensors_and_attributes():
     assert free_target("scale", root, nn.Module()) == "scale_1001"
 
 
-class Part(nn.Module):
-    def __init__(self, **attributes):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x)))
-
-
 class Reading(nn.Module):
     def __init__(self, **attributes):
         super().__init__()
@@ -357,158 +321,6 @@ def test_an_attribute_that_a_graph_would_hide_cant_be_preserved(name):
     custom = qcore.PrepareCustomConfig().set_preserved_attributes([name])
     with pytest.raises(errors.ConfigError, match=f"'{name}' is an attribute that every GraphModule has"):
         prepared_for(model, torch.randn(5, 3, 8, 8), "reference", prepare_custom_config=custom)
-
-
-class Images(nn.Module):
-    """Depthwise, a residual, a cat: where shapes matter to patterns and kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.depthwise = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
-        self.head, self.inner = nn.Linear(8, 4), nn.Module()
-        self.inner.register_buffer("shift", torch.randn(8, 1, 1), persistent=False)
-        self.inner.register_buffer("kept", torch.randn(8, 1, 1))
-        self.register_buffer("mean", torch.randn(4), persistent=False)
-
-    def forward(self, x):
-        y = F.relu6(self.bn(self.conv(x)))
-        y = self.depthwise(y) + y + self.inner.shift - self.inner.kept
-        y = torch.cat([y, y[:, :4]], 1)[:, :8]
-        return self.head(y.mean((2, 3))) + self.mean
-
-
-FORMS = {"whole": lambda: (Images(), None), "parts": lambda: (Host(Images()), None)}
-FORMS["fallback"] = lambda: (Images(), qcore.PrepareCustomConfig().set_guard_failure("float"))
-
-
-def calibrated(form, backend):
-    model, custom = FORMS[form]()
-    x = torch.randn(2, 3, 8, 8)
-    prepared = prepared_for(model, x, backend, prepare_custom_config=custom)
-    prepared(x)
-    return prepared, x
-
-
-def graphs(model):
-    return [module for module in model.modules() if isinstance(module, fx.GraphModule)]
-
-
-def noted(model):
-    return [[(n.name, n.op, str(n.target), n.meta.get("example")) for n in m.graph.nodes] for m in graphs(model)]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_knows_all_that_the_original_knows(copied, form, installed_backend):
-    prepared, x = calibrated(form, installed_backend)
-    again = COPIES[copied](prepared)
-    assert noted(again) == noted(prepared)
-    assert any(example is not None for nodes in noted(again) for *_, example in nodes)
-    assert qcore.explain(again) == qcore.explain(prepared)
-    assert list(again.state_dict()) == list(prepared.state_dict())
-    assert torch.equal(again(x), prepared(x))
-    for convert in (qcore.convert_to_reference_fx, qcore.convert_fx):
-        wanted = convert(prepared)
-        for found in (convert(again), COPIES[copied](wanted)):
-            assert str(qcore.explain(found)) == str(qcore.explain(wanted))
-            assert noted(found) == noted(wanted)
-            assert [type(m).__name__ for m in found.modules()] == [type(m).__name__ for m in wanted.modules()]
-            assert list(found.state_dict()) == list(wanted.state_dict())
-            assert [m.training for m in found.modules()] == [m.training for m in wanted.modules()]
-            assert all(torch.equal(found(x), wanted(x)) for _ in range(4))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-def test_a_buffer_that_isnt_saved_isnt_saved_later_on(form, installed_backend):
-    prepared, _ = calibrated(form, installed_backend)
-    for model in (prepared, qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)):
-        for again in (model, *(copied(model) for copied in COPIES.values())):
-            saved = [name.rpartition(".")[2] for name in again.state_dict()]
-            held = [name.rpartition(".")[2] for name, _ in again.named_buffers()]
-            assert {"shift", "mean"} <= set(held) and not {"shift", "mean"} & set(saved) and "kept" in saved
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-def test_a_model_that_nobody_holds_is_freed_at_once(form, installed_backend):
-    gc.collect()
-    gc.disable()
-    try:
-        prepared, x = calibrated(form, installed_backend)
-        models = [prepared, qcore.convert_to_reference_fx(prepared), qcore.convert_fx(prepared)]
-        models += [copied(model) for model in models for copied in COPIES.values()]
-        for model in models:
-            for _ in range(4):  # The third call is replayed.
-                model(x)
-        tensors = [weakref.ref(t) for model in models for t in (*model.parameters(), *model.buffers())]
-        del prepared, models, model
-        assert [found.shape for tensor in tensors if (found := tensor()) is not None] == []
-    finally:
-        gc.enable()
-
-
-def test_a_graph_outlives_its_module():
-    graph = qcore.fuse_fx(Part().eval()).graph
-    assert graph.owning_module is None
-    (between,) = [node for node in graph.nodes if node.target is torch.clamp]
-    between.replace_all_uses_with(between.args[0])
-    graph.erase_node(between)
-    graph.lint()
-
-
-class Shared(nn.Module):
-    """A module in two others, and one Parameter in three layers."""
-
-    def __init__(self, stays_python):
-        super().__init__()
-        shared, weight = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
-        self.first, self.second, self.last = Part(second=shared), Part(second=shared), nn.Linear(4, 4)
-        self.first.first.weight = self.second.first.weight = self.last.weight = weight
-        self.last.bias.requires_grad_(False)
-        self.stays_python = stays_python
-
-    def forward(self, x):
-        if self.stays_python and x.sum() > 1e9:
-            return x
-        return self.last(self.second(self.first(x)))
-
-
-def ties(model):
-    by_tensor = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        by_tensor.setdefault(id(tensor), []).append(name)
-    return sorted(names for names in by_tensor.values() if len(names) > 1)
-
-
-@pytest.mark.parametrize("stays_python", [False, True])
-def test_what_is_shared_stays_shared_and_right(stays_python, installed_backend):
-    x = torch.randn(8, 4)
-
-    def made(scale):
-        model = Shared(stays_python)
-        prepared = prepared_for(model, x, installed_backend)
-        with torch.no_grad():
-            assert torch.equal(prepared(scale * x), model(scale * x))
-        return prepared
-
-    prepared, other = made(1), made(3)
-    converted = qcore.convert_fx(prepared)
-    for model in (prepared, qcore.convert_to_reference_fx(prepared), converted):
-        for copied in COPIES.values():
-            again = copied(model)
-            assert ties(again) == ties(model)
-            flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
-            assert [(name, p.requires_grad) for name, p in again.named_parameters()] == flags
-            assert ("last.bias", True) not in flags
-    if stays_python:
-        assert ["first.first.weight", "second.first.weight", "last.weight"] in ties(prepared)
-    other.load_state_dict(prepared.state_dict())
-    assert ties(other) == ties(prepared)
-    with torch.no_grad():
-        assert torch.equal(other(x), prepared(x))
-        assert torch.equal(qcore.convert_fx(other)(x), converted(x))
 
 
 @torch.no_grad()

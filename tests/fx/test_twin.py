@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcore
+from qcore.fx.twin import Copies, cloned, shared, twin_of, uncompiled, with_shared_parameters
 
 
 def prepared_for(model, *inputs, custom=None):
@@ -72,12 +73,6 @@ def shrink_a_weight(m, x):
     return m.b(m.a(x))
 
 
-def shrink_all_weights(m, x):
-    for parameter in m.parameters():
-        parameter.data.mul_(0.5)
-    return m.b(m.a(x))
-
-
 def shrink_by_data(m, x):
     (m.a.weight.data * 1 if x.sum() > 1e9 else m.a.weight.data)[0].mul_(0.5)
     return m.b(m.a(x))
@@ -118,67 +113,6 @@ def test_a_forward_that_writes_writes_into_no_model_but_its_own(forward):
     assert torch.equal(found[2][0], unregistered[0])
     # The prepared model starts as the model is, too: its first call is the model's first.
     assert torch.allclose(prepared(x), twin(x), atol=1e-6)
-
-
-@torch.no_grad()
-def test_weights_that_change_at_each_call_are_no_weights_to_quantize():
-    model = Part(shrink_all_weights)
-    before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.warns(
-        qcore.errors.UnsupportedQConfigWarning, match="writes into a tensor that is kept for later calls"
-    ):
-        prepared_for(model, torch.randn(3, 4))
-    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-
-
-@torch.no_grad()
-def test_a_model_that_decides_by_its_own_state_is_run_from_the_same_state_each_time():
-    class Starts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.started = nn.Linear(4, 4), False
-
-        def forward(self, x):
-            y = self.linear(x) if self.started else self.linear(x) * 2
-            self.started = True
-            return y
-
-    model, x = Starts(), torch.randn(2, 4)
-    prepared = prepared_for(model, x)
-    assert model.started is False
-    assert torch.allclose(prepared(x), 2 * model.linear(x), atol=1e-6)
-
-
-@torch.no_grad()
-def test_an_embedding_that_writes_into_its_weight():
-    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 4))
-    before = model[0].weight.clone()
-    ids = torch.tensor([[0, 1]])
-    prepared = prepared_for(model, ids)
-    assert torch.equal(model[0].weight, before) and torch.equal(prepared.get_parameter("0.weight"), before)
-    assert torch.allclose(prepared(ids), model(ids), atol=1e-6)
-
-
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.calls = nn.Linear(4, 4), 0
-        self.register_buffer("n", torch.zeros(1))
-
-    def forward(self, x):
-        self.calls += 1
-        self.n += 1
-        return self.linear(x)
-
-
-def test_a_module_that_is_kept_whole_starts_as_it_was():
-    custom = qcore.PrepareCustomConfig().set_non_traceable_module_classes([Counts])
-    model = nn.Sequential(nn.Linear(4, 4), Counts())
-    prepared = prepared_for(model, torch.randn(2, 4), custom=custom)
-    kept = prepared.get_submodule("1")
-    assert (model[1].calls, kept.calls, float(model[1].n), float(kept.n)) == (0, 0, 0.0, 0.0)
-    prepared(torch.randn(2, 4))
-    assert (model[1].calls, kept.calls, float(model[1].n), float(kept.n)) == (0, 1, 0.0, 1.0)
 
 
 def test_hooks_see_the_copy_and_not_the_model():
@@ -236,32 +170,97 @@ def test_a_generator_of_the_models_own_stays_where_it_is():
     assert torch.equal(generator.get_state(), before)
 
 
-def test_parts_that_the_model_misses_are_found_in_few_runs():
-    runs = []
-
-    class Block(nn.Module):
+def test_tensors_that_are_no_parameters_and_no_buffers_are_copied_too():
+    class Holds(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(4, 4)
+            self.plain, self.listed = torch.ones(4), [torch.ones(4)]
 
         def forward(self, x):
-            return self.linear(x)
+            return self.linear(x + self.plain + self.listed[0])
 
-    class Reads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(Block() for _ in range(64))
+    model = Holds()
+    prepared = prepared_for(model, torch.randn(2, 4))
+    theirs = {tensor.data_ptr() for tensor in (model.plain, model.listed[0], *model.parameters())}
+    mine = {tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())}
+    assert len(mine) > 3 and not mine & theirs
 
-        def forward(self, x):
-            runs.append(1)
-            for number, block in enumerate(self.blocks):
-                x = block(x)
-                if number in (5, 40):
-                    assert type(block) is Block
-            return x if x.sum() > -1e9 else -x
 
-    prepared = prepared_for(Reads(), torch.randn(2, 4))
-    plan = qcore.explain(prepared)
-    assert {module.path for module in plan.python} == {"", "blocks.5", "blocks.40"}
-    assert len(plan.parts) == 64 and "blocks.5.linear" in plan.parts and "blocks.6" in plan.parts
-    assert len(runs) < 40
+def test_what_the_twin_has_for_a_tensor_is_up_to_its_maker():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    for counterpart, parameter, buffer in (
+        (cloned, False, False),
+        (shared, True, True),
+        (with_shared_parameters, True, False),
+    ):
+        twin = twin_of(model, counterpart)
+        assert twin is not model and twin[0] is not model[0]
+        assert (twin[0].weight.data_ptr() == model[0].weight.data_ptr()) is parameter
+        assert (twin[0].running_mean.data_ptr() == model[0].running_mean.data_ptr()) is buffer
+        assert isinstance(twin[0].weight, nn.Parameter) and twin[0].weight is not model[0].weight
+        assert torch.equal(twin[0].running_var, model[0].running_var)
+
+
+def test_a_tensor_on_the_same_numbers_has_gradients_of_its_own():
+    parameter = nn.Parameter(torch.ones(2), requires_grad=False)
+    parameter.note = "kept"
+    alias = shared(parameter)
+    assert isinstance(alias, nn.Parameter) and not alias.requires_grad and alias.note == "kept"
+    leaf = torch.ones(2, requires_grad=True)
+    (shared(leaf) * 2).sum().backward()
+    assert leaf.grad is None and shared(leaf).requires_grad
+    computed = leaf * 2
+    assert not cloned(computed).requires_grad and torch.equal(cloned(computed), computed)
+
+
+def test_one_tensor_has_one_copy_and_what_was_written_into_it_is_undone():
+    copies, tensor = Copies(), torch.ones(2)
+    made = copies(tensor)
+    assert copies(tensor) is made is not tensor
+    made.add_(1)
+    copies.make_as_new()
+    assert torch.equal(made, torch.ones(2)) and copies(tensor) is made
+    copies.forget()
+    assert copies(tensor) is not made
+
+
+def test_functions_and_references_of_a_model_refer_to_its_twin():
+    model = nn.Sequential(nn.Linear(2, 2))
+    kept = {"outside": 1}
+
+    def patched(x, scale=2, *, shift=1):
+        return model[0](x) * scale + shift + kept["outside"]
+
+    model.patched, model.bound = patched, model[0].forward
+    model.partial = functools.partial(patched, scale=3)
+    model.owner, model.lock = weakref.ref(model[0]), threading.Lock()
+    model.plain = len
+    twin = twin_of(model)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+        twin[0].bias.zero_()
+    x = torch.ones(1, 2)
+    assert torch.equal(twin.patched(x), torch.full((1, 2), 2.0)) and torch.equal(twin.bound(x), torch.zeros(1, 2))
+    assert torch.equal(twin.partial(x), torch.full((1, 2), 2.0))
+    assert twin.owner() is twin[0] and twin.lock is model.lock and twin.plain is len
+    assert not torch.equal(model.patched(x), twin.patched(x)) and model.owner() is model[0]
+    kept["outside"] = 5  # What else a function knows is no part of the model.
+    assert torch.equal(twin.patched(x), torch.full((1, 2), 6.0))
+
+
+def test_containers_are_copied_and_what_is_in_two_of_them_is_one():
+    model = nn.Module()
+    inner = [1]
+    model.a, model.b, model.c = {"inner": inner}, (inner, {3}), [inner]
+    model.c.append(model.c)  # Which holds itself.
+    twin = twin_of(model)
+    assert twin.a["inner"] is twin.b[0] is twin.c[0] is not inner and twin.c[1] is twin.c
+    twin.a["inner"].append(2)
+    twin.b[1].add(4)
+    assert inner == [1] and model.b[1] == {3}
+
+
+def test_a_model_that_nothing_compiled_is_itself():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert uncompiled(model) is model

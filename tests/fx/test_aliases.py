@@ -199,45 +199,6 @@ def test_a_forward_that_writes_its_state_is_no_graph(name):
     assert (model.count, model.kept, model.states[0].any().item()) == (0, [], False)
 
 
-@torch.no_grad()
-def test_inputs_that_lie_in_one_memory_aren_t_written_by_a_graph():
-    def body(model, x, y):
-        x.add_(1)
-        return model.b(model.a(x)) + model.a(y)
-
-    model, prepared = prepared_for(body, torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4))
-    assert isinstance(prepared, QGraphModule)
-    both = torch.randn(4, 3, 4, 4)
-    x, y = both.clone().chunk(2)  # Side by side in one storage.
-    assert torch.equal(prepared(x, y), model(both[:2].clone(), both[2:].clone()))
-    for x, y in ((both, both), (both[:2], both[1:3])):
-        before = both.clone()
-        with pytest.raises(errors.GuardError, match="lies in the same memory as another"):
-            prepared(x, y)
-        assert torch.equal(both, before)
-
-
-@torch.no_grad()
-def test_a_cache_that_is_passed_in_is_filled():
-    class Cached(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.key, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x, cache, position):
-            cache["keys"][:, position] = self.key(x)
-            return self.out(cache["keys"].sum(1))
-
-    model, mapping = Cached().eval(), qcore.get_default_qconfig_mapping("reference")
-    call = lambda batch: (torch.randn(batch, 4), {"keys": torch.zeros(batch, 3, 4)}, 1)  # noqa: E731
-    prepared = qcore.prepare_fx(model, mapping, call(2), backend="reference")
-    for batch in (2, 5):
-        x, cache, position = call(batch)
-        other = copy.deepcopy(cache)
-        assert torch.equal(prepared(x, cache, position), model(x, other, position))
-        assert torch.equal(cache["keys"], other["keys"]) and cache["keys"][:, 1].any()
-
-
 @pytest.mark.parametrize("source", ["c['y'] = y", "c['l'].append(y)", "c['l'][0] = y", "c.pop('n')", "c['l'].clear()"])
 def test_a_container_that_the_caller_passed_isn_t_changed_by_a_graph(source):
     space = {}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qcore
-from qcore import MinMaxObserver, QConfig, QConfigMapping, errors
+from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme, errors
 
 INT8 = QConfig(MinMaxObserver, MinMaxObserver.with_args(dtype=torch.int8, qscheme=torch.per_tensor_symmetric))
 X, MASK, TARGET = torch.full((2, 4), 3.0), torch.full((2, 4), 0.5), torch.full((2,), 100)
@@ -188,3 +188,26 @@ def test_data_that_is_never_finite_is_told_from_no_data():
     qcore.calibrate(prepared, [torch.full((2, 4), float("nan"))])
     with pytest.raises(errors.CalibrationError, match="saw no finite data: .* met 8 values, all NaN or infinite"):
         qcore.convert_fx(prepared)
+
+
+WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
+
+
+MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
+
+
+def test_calibrate_takes_tensors_tuples_and_dictionaries_and_shows_progress():
+    prepared = qcore.prepare_fx(
+        nn.Sequential(nn.Linear(4, 4)).eval(), MAPPING, (torch.randn(2, 4),), backend="reference"
+    )
+    shown = []
+
+    def progress(batches):
+        for batch in batches:
+            shown.append(type(batch))
+            yield batch
+
+    x = torch.randn(2, 4)
+    qcore.calibrate(prepared, [x, (x,), {"input": 9 * x}], progress=progress)
+    assert shown == [torch.Tensor, tuple, dict]
+    assert prepared.activation_post_process_0.max_val == max(9 * x.max(), x.max())

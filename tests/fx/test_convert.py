@@ -6,33 +6,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import qcore
-from qcore import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping, QScheme
-from qcore.fx.graph_module import get_attribute
-from qcore.lowering import QParams
-
-WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_channel_symmetric)
-MAPPING = QConfigMapping().set_global(QConfig(MinMaxObserver, WEIGHT))
-SYMMETRIC = MinMaxObserver.with_args(dtype=torch.int8, qscheme=QScheme.per_tensor_symmetric)
-
-
-def prepare(model, x, mapping=MAPPING):
-    prepared = qcore.prepare_fx(model.eval(), mapping, (x,), backend="reference")
-    with torch.no_grad():
-        prepared(x)
-    return prepared
+from tests.converting import MAPPING, Functional, Nested, convert, prepare
 
 
 def prepare_only(model, x):
     return qcore.prepare_fx(model.eval(), MAPPING, (x,), backend="reference")
-
-
-def convert(model, x, mapping=MAPPING):
-    return qcore.convert_to_reference_fx(prepare(model, x, mapping))
 
 
 def fake_quantize(x, low, high):
@@ -56,52 +37,6 @@ def test_a_linear_layer_is_what_one_would_write_by_hand():
         assert ((reference(x) - expected).abs() < 1.01 * step).all()
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 1000),
-    low=st.floats(-2, 0),
-    high=st.floats(0.1, 3),
-    activation=st.sampled_from([MinMaxObserver, SYMMETRIC, MinMaxObserver.with_args(quant_min=0, quant_max=127)]),
-)
-def test_to_absorb_a_clamp_is_to_clamp_and_then_quantize(seed, low, high, activation):
-    torch.manual_seed(seed)
-    conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
-    mapping = QConfigMapping().set_global(QConfig(activation, WEIGHT))
-    reference = convert(nn.Sequential(conv, nn.Hardtanh(low, high)), x, mapping)
-    *_, clamp, _scale, _zero_point, quantize, _dequantize, _ = reference.graph.nodes
-    assert clamp.target is torch.clamp  # As a float: its integers depend on the scale.
-    scale, zero_point = (get_attribute(reference, node.target) for node in quantize.args[1:3])
-    ends = quantize.args[3:5]
-    assert ends == ((-128, 127) if activation is SYMMETRIC else (0, 255 if activation is MinMaxObserver else 127))
-    qparams = QParams(float(scale), int(zero_point), *ends, quantize.args[5])
-    least, most = qparams.clamped(low, high).bounds or ends
-    values = torch.cat([3 * torch.randn(200), torch.tensor([low, high, 0.0, float("inf"), -float("inf")])])
-    clamped = torch.clamp(values, low, high)
-    expected = torch.ops.qcore.quantize_per_tensor(clamped, *(scale, zero_point), *quantize.args[3:])
-    found = torch.ops.qcore.quantize_per_tensor(values, *(scale, zero_point), least, most, quantize.args[5])
-    assert torch.equal(found, expected)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    bounds=st.lists(
-        st.tuples(st.none() | st.floats(-3, 3, width=32), st.none() | st.floats(-3, 3, width=32)), max_size=4
-    ),
-    zero_point=st.integers(0, 255),
-)
-def test_clamps_in_a_row_are_one(bounds, zero_point):
-    """Also those of which the upper bound is the smaller one, and those that have nothing in common."""
-    qparams = QParams(0.02, zero_point, 0, 255, torch.uint8)
-    values = clamped = torch.linspace(-8, 8, 999)
-    for low, high in bounds:
-        qparams = qparams.clamped(low, high)
-        clamped = clamped if low is None and high is None else torch.clamp(clamped, low, high)
-    low, high = qparams.bounds or (0, 255)
-    arguments = torch.tensor(0.02), torch.tensor(zero_point), 0, 255, torch.uint8
-    expected, plain = (torch.ops.qcore.quantize_per_tensor(x, *arguments) for x in (clamped, values))
-    assert torch.equal(plain.clamp(low, high), expected)
-
-
 def test_a_module_called_twice_keeps_both_outputs_accurate():
     class Twice(nn.Module):
         def __init__(self):
@@ -115,25 +50,6 @@ def test_a_module_called_twice_keeps_both_outputs_accurate():
     model, x = Twice().eval(), torch.randn(32, 8)
     for expected, found in zip(model(x), convert(model, x)(x), strict=True):
         assert (expected - found).norm() < 0.02 * expected.norm()
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x):
-        return F.linear(x, self.weight) + self.weight.sum()
-
-
-class Nested(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = Functional()
-        self.conv = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.conv(self.inner(x)).relu()
 
 
 def test_a_functional_weight_that_is_read_as_float_too():
@@ -254,18 +170,6 @@ def test_a_state_dict_carries_everything_to_a_twin():
         assert value.dtype in (torch.int8, torch.uint8, torch.int64, torch.float32) and not value.is_quantized
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_prepared_and_converted_models_copy_and_pickle(copied):
-    x = torch.randn(16, 4)
-    prepared = prepare(Nested(), x)
-    again = copied(prepared)
-    assert str(qcore.explain(again)) == str(qcore.explain(prepared))
-    assert torch.equal(again(x), prepared(x))
-    reference = qcore.convert_fx(prepared)
-    assert torch.equal(qcore.convert_fx(again)(x), reference(x))
-    assert torch.equal(copied(reference)(x), reference(x))
-
-
 def test_converting_leaves_the_prepared_model_and_the_float_model_as_they_were():
     x = torch.randn(16, 4)
     model = Nested().eval()
@@ -310,39 +214,3 @@ def test_a_branch_that_nothing_watches_may_run_on_any_batch():
     x = torch.randn(4, 4)
     assert convert(Nested(), x)(torch.randn(9, 4)).shape == (9, 4)
     assert convert(Nested(), x)(torch.randn(0, 4)).shape == (0, 4)
-
-
-def test_preserved_attributes_stay():
-    model = nn.Sequential(nn.Linear(4, 4)).eval()
-    model.classes = ["cat", "dog"]
-    custom = qcore.PrepareCustomConfig().set_preserved_attributes(["classes"])
-    prepared = qcore.prepare_fx(model, MAPPING, (torch.randn(2, 4),), custom, backend="reference")
-    prepared(torch.randn(2, 4))
-    for made in (prepared, qcore.convert_fx(prepared), pickle.loads(pickle.dumps(prepared))):
-        assert made.classes == ["cat", "dog"]
-    assert prepared.classes is not model.classes
-
-
-def test_calibrate_takes_tensors_tuples_and_dictionaries_and_shows_progress():
-    prepared = qcore.prepare_fx(
-        nn.Sequential(nn.Linear(4, 4)).eval(), MAPPING, (torch.randn(2, 4),), backend="reference"
-    )
-    shown = []
-
-    def progress(batches):
-        for batch in batches:
-            shown.append(type(batch))
-            yield batch
-
-    x = torch.randn(2, 4)
-    qcore.calibrate(prepared, [x, (x,), {"input": 9 * x}], progress=progress)
-    assert shown == [torch.Tensor, tuple, dict]
-    assert prepared.activation_post_process_0.max_val == max(9 * x.max(), x.max())
-
-
-def test_fuse_fx_folds_and_nothing_more():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
-    x = torch.randn(1, 3, 5, 5)
-    fused = qcore.fuse_fx(model)
-    assert torch.allclose(fused(x), model(x), atol=1e-6)
-    assert [n.target for n in fused.graph.nodes if n.op == "call_function"] == [torch.conv2d, torch.clamp]
