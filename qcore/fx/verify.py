@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from qcore import ops
 from qcore.errors import GraphError, PluginError
-from qcore.fx.constraints import gives_float, reads_float
+from qcore.fx.constraints import gives_float
 from qcore.fx.expand import expand
 from qcore.fx.fuse import FusionPattern, apply_patterns
 from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
@@ -78,7 +78,9 @@ def lint(graph: fx.GraphModule, after: str) -> dict[fx.Node, Any]:
                     owners[path] = submodule(graph, path)
                 value = get_attribute(owners[path], name)
             except AttributeError:
-                raise GraphError(after, node.name, f"refers to {node.target!r}, which the module doesn't have") from None
+                raise GraphError(
+                    after, node.name, f"refers to {node.target!r}, which the module doesn't have"
+                ) from None
             if node.op == "get_attr":
                 attributes[node] = value
             elif not isinstance(value, nn.Module):
@@ -176,7 +178,7 @@ def check_planned(graph: QGraphModule, plan: QuantizationPlan) -> None:
     given = {name for name, _ in numbers}
     for decision in plan.quantized:
         config = decision.dtype_config
-        is_float = config is None or gives_float(config) or reads_float(config)
+        is_float = config is None or gives_float(config)
         if not is_float and decision.node not in given and not is_tuple(nodes[decision.node]):
             raise GraphError(after, decision.node, "is to give integers, and has no qparams")
     for weight in plan.weights:

@@ -117,8 +117,8 @@ class RoundedAtRunTime(nn.Module):
 
 
 @dataclass(frozen=True)
-class Value:
-    """Stands for a value among the arguments of an operator."""
+class Named:
+    """Stands for a node among the arguments of an operator."""
 
     name: str
 
@@ -165,7 +165,7 @@ class Kernel(nn.Module):
         values = dict(zip(self.names, (*inputs, *given[count:], *weights, *biases), strict=True))
         for (name, arguments), operator, module in zip(self.steps, self.operators, self.called, strict=True):
             function: Any = op.operator_named(operator).function if operator else module
-            filled: Any = fx.node.map_aggregate(arguments, lambda a: values[a.name] if isinstance(a, Value) else a)
+            filled: Any = fx.node.map_aggregate(arguments, lambda a: values[a.name] if isinstance(a, Named) else a)
             values[name] = function(*filled[0], **filled[1])
         result: Tensor = self.output(values[self.steps[-1][0]])
         return result
@@ -175,7 +175,7 @@ def _with_names(arguments: Any) -> Any:
     """Arguments with names in the place of nodes, so that a kernel can be copied and pickled without its graph."""
 
     def named(argument: Any) -> Any:
-        return Value(argument.name) if isinstance(argument, fx.Node) else argument
+        return Named(argument.name) if isinstance(argument, fx.Node) else argument
 
     return fx.node.map_aggregate(arguments, named)
 
