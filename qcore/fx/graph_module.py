@@ -273,10 +273,15 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
 def get_attribute(module: nn.Module, target: str) -> Any:
     """The attribute at a dotted path."""
     owner_path, _, name = target.rpartition(".")
-    owner = submodule(module, owner_path)
+    return own_attribute(submodule(module, owner_path), name)
+
+
+def own_attribute(owner: nn.Module, name: str) -> Any:
+    """The attribute of a module; what is registered goes before an attribute of the class that may hide it."""
     for registry in (owner._parameters, owner._buffers, owner._modules):
-        if registry.get(name) is not None:  # Before an attribute of the class that may hide it.
-            return registry[name]
+        found = registry.get(name)
+        if found is not None:
+            return found
     return getattr(owner, name)
 
 
@@ -374,8 +379,8 @@ def own_tensors(module: nn.Module, foreign: nn.Module, copied: Callable[[torch.T
                     registry[name] = copied(tensor)
 
 
-#: Most of what a module has.
-_NO_TENSORS = frozenset({type(None), bool, int, float, str, tuple, set, dict, OrderedDict})
+#: The types of most of what a module has.
+NO_TENSORS = frozenset({type(None), bool, int, float, str, tuple, set, dict, OrderedDict})
 
 
 def modules_of(model: nn.Module, without: Collection[int] = ()) -> list[nn.Module]:
@@ -395,5 +400,5 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     for module in modules_of(model):
         found.extend(module._parameters.values())
         found.extend(module._buffers.values())
-        found.extend([value for value in vars(module).values() if type(value) not in _NO_TENSORS])
+        found.extend([value for value in vars(module).values() if type(value) not in NO_TENSORS])
     return [value for value in found if isinstance(value, torch.Tensor)]

@@ -104,13 +104,17 @@ class Form:
 
     def __post_init__(self) -> None:
         self.signature = inspect.signature(self.arguments)
+        names = list(self.signature.parameters)
+        self._inplace = names.index("inplace") if "inplace" in names else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> NormalCall | None:
         """The call in normal form; raises a ``TypeError`` for arguments that the form doesn't know."""
         normal = self.arguments(*args, **kwargs)
         if normal is None:
             return None
-        inplace = self.signature.bind(*args, **kwargs).arguments.get("inplace", False)
+        if self._inplace is None:
+            return NormalCall(self.operator, normal)
+        inplace = args[self._inplace] if self._inplace < len(args) else kwargs.get("inplace", False)
         return NormalCall(self.operator, normal, bool(inplace))
 
 

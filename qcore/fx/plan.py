@@ -7,6 +7,7 @@ and which range of integers can all take that write and read it? Nothing is chan
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -202,20 +203,20 @@ class _Planner:
         if resolution.qconfig is not None:
             self.refusals.append(Refusal(decision, resolution.is_specific))
 
-    def decision(self, nodes: Sequence[fx.Node], reason: str) -> Decision:
-        """The decision that a chain stays float."""
+    def decision(self, nodes: Sequence[fx.Node], reason: str, **accepted: Any) -> Decision:
+        """The decision about a chain: it stays float, unless something else is said."""
         anchor, resolution = nodes[0], self.resolution(nodes[0])
         return Decision(
             node=nodes[-1].name,
             nodes=tuple(node.name for node in nodes),
             operators=tuple(self.label(node) for node in nodes),
             path=self.path(anchor),
-            quantized=False,
             rule=resolution.rule,
             qconfig=resolution.qconfig,
             reason=reason,
             multiply_adds=sum(multiply_adds(node, self.traced) for node in nodes),
             weights=weight_count(anchor, self.traced),
+            **{"quantized": False, **accepted},
         )
 
     def label(self, node: fx.Node) -> str:
@@ -239,14 +240,13 @@ class _Planner:
             for clamp in clamps:
                 self.decisions[clamp] = self.decision((clamp,), "its input is float, and it only hands on what it gets")
         condition = match.config.condition.name if match.config.condition else ""
-        decision = replace(self.decision(match.nodes, reason), condition=condition)
+        decision = self.decisions[match.result] = self.decision(
+            match.nodes, reason, condition=condition, quantized=accepted is not None, dtype_config=accepted
+        )
         if accepted is None:
             if breaks is not None:
                 self.refusals.append(Refusal(decision, breaks))
             self.refuse_folded(match, decision)
-        else:
-            decision = replace(decision, quantized=True, dtype_config=accepted)
-        self.decisions[match.result] = decision
 
     def refuse_folded(self, match: Match, decision: Decision) -> None:
         """Note what is asked of operators that were folded into one that stays float."""

@@ -24,7 +24,7 @@ from qcore.errors import TraceError
 from qcore.fx.aliases import Aliases
 from qcore.fx.effects import is_harmless, refuse_state
 from qcore.fx.example_tracer import SIZE_METHODS, ExampleTracer
-from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
+from qcore.fx.graph_module import NO_TENSORS, QGraphModule, get_attribute, submodule
 from qcore.fx.guard import aside, guarded, memory_of
 from qcore.fx.hooks import hook_of
 from qcore.fx.inplace import LASTING, MAKING, TURNING, fresh, given, name_of, not_in_place, with_view, writes_in_place
@@ -222,7 +222,7 @@ class NormalFormTracer(ExampleTracer):
             (f"{path}.{name}".lstrip("."), value)
             for path, module in root.named_modules()
             for name, value in vars(module).items()
-            if isinstance(value, torch.Tensor)
+            if type(value) not in NO_TENSORS and isinstance(value, torch.Tensor)
         ]
         tensors = [*attributes, *root.named_buffers(), *root.named_parameters()]
         self._tensor_paths = {id(tensor): path for path, tensor in tensors}

@@ -18,7 +18,7 @@ from qcore.errors import GraphError, PluginError
 from qcore.fx.constraints import gives_float
 from qcore.fx.expand import expand
 from qcore.fx.fuse import FusionPattern, apply_patterns
-from qcore.fx.graph_module import QGraphModule, get_attribute, submodule
+from qcore.fx.graph_module import QGraphModule, get_attribute, own_attribute, submodule
 from qcore.fx.names import give_way
 from qcore.fx.operators import activation_inputs, is_tuple
 from qcore.fx.parts import Part
@@ -76,7 +76,7 @@ def lint(graph: fx.GraphModule, after: str) -> dict[fx.Node, Any]:
                 path, _, name = str(node.target).rpartition(".")
                 if path not in owners:  # Most tensors are beside another.
                     owners[path] = submodule(graph, path)
-                value = get_attribute(owners[path], name)
+                value = own_attribute(owners[path], name)
             except AttributeError:
                 raise GraphError(
                     after, node.name, f"refers to {node.target!r}, which the module doesn't have"
