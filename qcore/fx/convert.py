@@ -18,7 +18,6 @@ from qcore.fx.graph_module import (
     QGraphModule,
     adopt,
     get_attribute,
-    has_attribute,
     is_persistent,
     place_for,
     set_tensor,
@@ -286,8 +285,11 @@ class _Conversion:
         for node in self.graph.nodes:
             if node.op != "get_attr":
                 continue
-            if not has_attribute(self.root, str(node.target)):
-                value = copy.deepcopy(get_attribute(self.prepared, str(node.target)), self.memo)
-                set_tensor(self.root, str(node.target), value, is_persistent(self.prepared, str(node.target)))
-            if isinstance(tensor := get_attribute(self.root, str(node.target)), Tensor):
-                node.meta["example"] = Example.of(tensor)
+            target = str(node.target)
+            try:
+                value = get_attribute(self.root, target)
+            except AttributeError:
+                value = copy.deepcopy(get_attribute(self.prepared, target), self.memo)
+                set_tensor(self.root, target, value, is_persistent(self.prepared, target))
+            if isinstance(value, Tensor):
+                node.meta["example"] = Example.of(value)
