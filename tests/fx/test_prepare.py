@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 import qcore
+from qcore.fx.parts import PythonCall
 from qcore.fx.plan import Refusal
 from qcore.fx.prepare import Preparer, garbage_left_alone
+from qcore.fx.resolve import Resolver
+from qcore.fx.tracer import Origin
 from qcore.fx.twin import Copies
-from qcore.quantization_plan import Decision, QuantizationPlan
+from qcore.quantization_plan import Decision, PythonModule, QuantizationPlan
 
 
 def test_the_garbage_collector_is_on_again_when_the_last_one_is_done():
@@ -39,7 +42,7 @@ def test_a_garbage_collector_that_was_off_stays_off_and_an_error_changes_nothing
 
 
 def preparer(*decisions):
-    settings = SimpleNamespace(backend="b", backend_config=SimpleNamespace(name=""))
+    settings = SimpleNamespace(backend="b", backend_config=qcore.BackendConfig())
     made = Preparer(None, {}, settings, (), {}, Copies())
     made.plans = {"": QuantizationPlan("b", decisions)}
     return made
@@ -99,3 +102,42 @@ def test_what_is_kept_whole_and_what_the_user_reads_of_it_is_one_copy():
     )
     prepared(x)
     assert (model.counter.calls, prepared.counter.calls) == (0, 1)
+
+
+def test_what_stays_python_is_decided_upon_each_for_its_reason():
+    mapping = qcore.QConfigMapping().set_global(qcore.default_qconfig).set_module_name("asked", None)
+    made = preparer()
+    made.resolver = Resolver(mapping)
+    model = nn.Module()
+    model.inner = nn.Module()
+    model.inner.block = nn.Sequential()
+
+    def call(kind, path, reason, weights):
+        return PythonCall(Origin(kind, True, path, path.rpartition(".")[0], None, 0), True, reason, weights)
+
+    found = SimpleNamespace(
+        python=(PythonModule("inner.block", "Sequential", "it decides by data"), PythonModule("called", "LSTM", "why")),
+        python_calls=(
+            call(nn.Linear, "asked", "", 8), call(nn.LSTM, "called", "", 9),
+            call(nn.Linear, "inner.c", "several forms", 4), call(nn.Linear, "d", "", 0),
+        ),
+        other_weights=3,
+    )  # fmt: skip
+    plan = made.plan_around(model, found)
+    assert [(d.path, d.node, d.operators, d.weights) for d in plan.decisions] == [
+        ("asked", "asked", ("Linear",), 8), ("called", "called", ("LSTM",), 9), ("inner.c", "inner_c", ("Linear",), 4),
+        ("d", "d", ("Linear",), 0),
+    ]  # fmt: skip
+    assert [d.reason for d in plan.decisions] == [
+        "rule module_name 'asked' says float", "b has no pattern for it", "it stays Python: several forms",
+        "it stays Python: it is called by what stays Python",
+    ]  # fmt: skip
+    assert plan.quantized == () and (plan.python, plan.other_weights) == (found.python, 3)
+    # What was asked for is refused; a module that is called has its refusal by its call.
+    assert [(r.decision.path, r.is_specific) for r in made.refusals] == [
+        ("called", False), ("inner.c", False), ("d", False), ("inner.block", False),
+    ]  # fmt: skip
+    named = Resolver(qcore.QConfigMapping().set_module_name("d", qcore.default_qconfig))
+    made.resolver, made.refusals = named, []
+    made.decide_python(model, found)
+    assert [(r.decision.path, r.is_specific) for r in made.refusals] == [("d", True)]
