@@ -218,14 +218,7 @@ class NormalFormTracer(ExampleTracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """Trace ``root``; see ``fx.Tracer.trace``."""
-        attributes = [
-            (f"{path}.{name}".lstrip("."), value)
-            for path, module in root.named_modules()
-            for name, value in vars(module).items()
-            if type(value) not in NO_TENSORS and isinstance(value, torch.Tensor)
-        ]
-        tensors = [*attributes, *root.named_buffers(), *root.named_parameters()]
-        self._tensor_paths = {id(tensor): path for path, tensor in tensors}
+        self._tensor_paths = _tensor_paths(root)
         return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -485,6 +478,23 @@ def _trace_error(error: Exception, path: str, model: nn.Module) -> TraceError:
         location,
         reason,
     )
+
+
+def _tensor_paths(root: nn.Module) -> dict[int, str]:
+    """Where a model has its tensors, by identity: the first place, and that of a parameter or buffer before others."""
+    attributes: dict[int, str] = {}
+    buffers: dict[int, str] = {}
+    parameters: dict[int, str] = {}
+    for path, module in root.named_modules():
+        start = f"{path}." if path else ""
+        for found, held in ((buffers, module._buffers), (parameters, module._parameters)):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), start + name)
+        for name, value in vars(module).items():
+            if type(value) not in NO_TENSORS and isinstance(value, torch.Tensor):
+                attributes.setdefault(id(value), start + name)
+    return {**attributes, **buffers, **parameters}
 
 
 def _user_location(error: Exception) -> str | None:
