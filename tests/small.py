@@ -11,7 +11,7 @@ def model():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
 
 
-INPUTS = (torch.randn(2, 4),)
+INPUTS = (torch.randn(2, 4, generator=torch.Generator().manual_seed(0)),)
 
 
 INT8 = QConfig(MinMaxObserver, MinMaxObserver.with_args(dtype=torch.int8, qscheme=torch.per_tensor_symmetric))
