@@ -5,9 +5,10 @@ here: the largest subgraphs are found, each becomes one call in a graph that kee
 and the plan learns what the engine computes.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import getitem
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from qcore.fx.graph_module import (
     submodule,
     tensors_of,
 )
+from qcore.fx.inplace import LASTING
 from qcore.fx.nodes import new_node
 from qcore.fx.operators import GETITEM, is_tuple, operator_of
 from qcore.fx.record import record_of
@@ -32,6 +34,14 @@ from qcore.lowering.lowered import Lowered
 #: What a compiled subgraph is: a function of its input tensors that gives its output tensors, in order.
 Compiled = Callable[..., Sequence[Tensor]]
 Compiler = Callable[[QGraphModule, tuple[Example, ...]], Compiled]
+
+
+#: For how many shapes of its inputs what was compiled is kept; then the oldest goes.
+MAX_SHAPES = 16
+
+#: The tensors of a subgraph and their versions, and what was compiled of them for each shape of the inputs.
+_Made = tuple[Sequence[Tensor], Sequence[Any], dict[Any, Compiled]]
+_NOTHING_MADE: _Made = ((), (), {})
 
 
 class EngineCall(nn.Module):
@@ -52,24 +62,30 @@ class EngineCall(nn.Module):
         self.subgraph = subgraph
         self.compiler = compiler
         self.kernel_name = name
-        self._made: tuple[Any, dict[Any, Compiled]] = (None, {})
+        self._made = _NOTHING_MADE
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the subgraph gives: a tensor, or a tuple of several."""
         tensors = tensors_of(self.subgraph)
-        state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        if self._made[0] != state:
-            self._made = state, {}
-        compiled = self._made[1]
+        # Nobody counts the writes into tensors of inference mode.
+        versions = [object() if tensor.is_inference() else tensor._version for tensor in tensors]
+        made = self._made
+        is_known = len(made[0]) == len(tensors) and all(map(is_, made[0], tensors)) and made[1] == versions
+        if not is_known:
+            made = self._made = tensors, versions, {}  # With the tensors, lest others get their identities.
+        compiled = made[2]
         key = tuple(Example(tuple(x.shape), x.dtype) for x in inputs)
-        if key not in compiled:
-            compiled[key] = self.compiler(self.subgraph, key)
+        run = compiled.get(key)
+        if run is None:
+            run = compiled[key] = self.compiler(self.subgraph, key)
+            if len(compiled) > MAX_SHAPES:
+                compiled.pop(next(iter(compiled)), None)
         with torch.no_grad():
-            results = tuple(compiled[key](*inputs))
+            results = tuple(run(*inputs))
         return results if len(results) != 1 else results[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": (None, {})}
+        return {**self.__dict__, "_made": _NOTHING_MADE}
 
 
 def lower_with_engine(
@@ -86,7 +102,7 @@ def lower_with_engine(
         name: of the engine, for ``explain``.
 
     Returns:
-        The lowered graph, with the decisions that the engine computes.
+        The lowered graph, with the decisions that the engine computes. It is run once beside the reference model.
     """
     record = record_of(reference)
     assert record is not None
@@ -101,7 +117,7 @@ def lower_with_engine(
             kernels[decision.node] = name
         else:
             declined[decision.node] = f"{name} doesn't take it: float between dequantize and quantize"
-    return Lowered(assembled(reference, graph, modules), kernels, declined, reference)
+    return Lowered(assembled(reference, graph, modules), kernels, declined)
 
 
 #: The level of each node but attributes, and whether the engine takes it.
@@ -180,9 +196,14 @@ def _outer_graph(
 ) -> tuple[fx.Graph, dict[fx.Node, nn.Module]]:
     """The graph around the regions, and the modules that it calls for them."""
     region_of = {node: region for region in regions for node in region.nodes}
-    # A stable sort; inputs come first, and the output last.
-    places = {"placeholder": -2, "get_attr": -1, "output": len(levels) + 1}
-    order = sorted(reference.graph.nodes, key=lambda node: places.get(node.op, levels.get(node, (0, False))[0]))
+    last = len(levels) + 1
+    places = {"placeholder": -2, "get_attr": -1, "output": last + 1}
+
+    def position(node: fx.Node) -> int:
+        # Inputs are written after all that reads them.
+        return last if node.target in LASTING else places.get(node.op, levels.get(node, (0, False))[0])
+
+    order = sorted(reference.graph.nodes, key=position)  # A stable sort.
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     modules: dict[fx.Node, nn.Module] = {}
@@ -200,7 +221,7 @@ def _outer_graph(
             for place, output in enumerate(outputs):
                 single = len(outputs) == 1
                 made[output] = call if single else new_node(graph, "call_function", getitem, (call, place), output.name)
-    graph.set_codegen(reference.graph._codegen)
+    graph.set_codegen(copy.deepcopy(reference.graph._codegen))
     return graph, modules
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcore
-from qcore.errors import GuardError, NotSupportedError
-from qcore.lowering import EngineCall
+from qcore.errors import GuardError, LoweringError, NotSupportedError
+from qcore.lowering import EngineCall, lower_with_engine
+from qcore.lowering.engine import MAX_SHAPES
+from qcore.plugins.hookspecs import PLUGIN_API, BackendInfo, hookimpl
 from qcore.testing import CASES, BackendConformance, plugged_in
 from tests.lowering import engine_backend
 
@@ -100,7 +103,8 @@ def _asked():
 
 def test_it_compiles_once_for_each_shape_and_again_when_the_state_changes():
     reference, converted = both(nn.Sequential(nn.Conv2d(3, 4, 1)), X)
-    engine_backend.compiled.clear()
+    assert all(call._made[2] for call in calls(converted))  # It was run beside the reference model.
+    converted, _ = copy.deepcopy(converted), engine_backend.compiled.clear()
     for _ in range(3):
         converted(X)
     converted(X[:1])
@@ -131,7 +135,7 @@ def test_copies_and_pickles_compute_the_same_and_hold_nothing_compiled():
     reference, converted = both(Net(), X)
     expected = converted(X)
     for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-        assert all(call._made == (None, {}) for call in calls(other))
+        assert all(call._made == ((), (), {}) for call in calls(other))
         assert torch.equal(other(X), expected)
         assert qcore.explain(other) == qcore.explain(converted)
     assert torch.equal(expected, reference(X))
@@ -182,6 +186,60 @@ def test_values_of_two_levels_never_wait_for_each_other():
     reference, converted = both(Braid(), x)
     for found, wanted in zip(converted(x), reference(x), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_an_input_is_written_after_all_that_reads_it():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.second(torch.softmax(self.first(x), -1))
+            y = y * x
+            x.add_(1)
+            return y
+
+    x = torch.randn(3, 4)
+    reference, converted = both(Writing(), x.clone())
+    mine, theirs = x.clone(), x.clone()
+    assert torch.equal(converted(mine), reference(theirs))
+    assert torch.equal(mine, x + 1) and torch.equal(theirs, x + 1)
+
+
+def test_state_that_is_assigned_is_heard_wherever_it_lies():
+    _, converted = both(nn.Sequential(nn.Conv2d(3, 4, 1)), X)
+    (call,) = calls(converted)
+    weight = call.subgraph.get_submodule("0")
+    for value in (1, 2, 3, 4):  # A tensor may get the place of one that is gone.
+        weight.weight = torch.full_like(weight.weight, value)
+        expected = copy.deepcopy(converted)(X)
+        assert torch.equal(converted(X), expected)
+    with torch.inference_mode():
+        weight.weight = torch.full_like(weight.weight, 5)
+        before = converted(X).clone()
+        weight.weight.fill_(6)  # Nobody counts the writes into such.
+        assert not torch.equal(converted(X), before)
+
+
+def test_what_was_compiled_for_old_shapes_is_dropped():
+    reference, converted = both(nn.Sequential(nn.Conv2d(3, 4, 1)), X)
+    (call,) = calls(converted)
+    for size in range(1, 2 * MAX_SHAPES):
+        x = torch.randn(1, 3, size, 2)
+        assert torch.equal(converted(x), reference(x))
+    assert len(call._made[2]) == MAX_SHAPES
+
+
+def test_an_engine_that_computes_something_else_is_found_when_it_lowers():
+    def wrong(graph, inputs):
+        return lambda *given: [10 * result for result in engine_backend.Program(graph)(*given)]
+
+    plugin = SimpleNamespace(**{name: hook for name, hook in vars(engine_backend).items() if name.startswith("qcore_")})
+    plugin.qcore_backend_info = hookimpl(lambda: BackendInfo("wrong", PLUGIN_API))
+    plugin.qcore_lower = hookimpl(lambda model: lower_with_engine(model, engine_backend.takes, wrong, name="wrong"))
+    with plugged_in("wrong", plugin), pytest.raises(LoweringError, match="isn't the one it was given: its results"):
+        both(nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4), backend="wrong")
 
 
 def test_what_is_split_stays_with_its_pieces():
