@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -11,19 +10,10 @@ from torch import Tensor, nn
 import qcore
 from qcore.errors import GuardError
 from tests.native import kernels_of
+from tests.stages import STAGES, Small, made
 
 EXACT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 OTHERS = pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool])
-STAGES = pytest.mark.parametrize("stage", ["prepared", "reference", "converted"])
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.second(torch.relu(self.norm(self.first(features))))
 
 
 class Python(nn.Module):
@@ -34,17 +24,6 @@ class Python(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         result = self.part(features)
         return -result if result.sum() > 1e9 else result
-
-
-def made(stage: str, backend: str, model: nn.Module | None = None, custom: Any = None) -> nn.Module:
-    x = torch.randn(6, 8)
-    prepared = qcore.prepare_fx(
-        (model or Small()).eval(), qcore.get_default_qconfig_mapping(backend), (x,), custom, backend=backend
-    )
-    qcore.calibrate(prepared, [(x,)])
-    if stage == "prepared":
-        return prepared
-    return qcore.convert_to_reference_fx(prepared) if stage == "reference" else qcore.convert_fx(prepared)
 
 
 @EXACT

@@ -12,19 +12,23 @@ from qcore_torch_kernels.lookup import LookupKernel
 from qcore_torch_kernels.shells import DTYPE, as_plain, as_quantized, bounded
 
 
-class Quantize(KernelModule):
-    """Float to quantized.
+class ToOutput(KernelModule):
+    """Base for kernels that only know the qparams of their result.
 
     Args:
-        output: the qparams.
+        output: those.
     """
-
-    kernel_name = "quantize"
-    takes_float = True
 
     def __init__(self, output: QParams) -> None:
         super().__init__()
         self.add_qparams("output", output)
+
+
+class Quantize(ToOutput):
+    """Float to quantized; arguments as those of :class:`ToOutput`."""
+
+    kernel_name = "quantize"
+    takes_float = True
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
@@ -49,18 +53,10 @@ class Dequantize(KernelModule):
         return torch.dequantize
 
 
-class QAdd(KernelModule):
-    """A sum of two quantized tensors, of the same shape or broadcast.
-
-    Args:
-        output: qparams of the result.
-    """
+class QAdd(ToOutput):
+    """A sum of two quantized tensors, of the same shape or broadcast; arguments as those of :class:`ToOutput`."""
 
     kernel_name = "quantized::add"
-
-    def __init__(self, output: QParams) -> None:
-        super().__init__()
-        self.add_qparams("output", output)
 
     @staticmethod
     def add(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -94,18 +90,10 @@ def sum_of(
     return out
 
 
-class QMul(KernelModule):
-    """A product of two quantized tensors, of the same shape or broadcast.
-
-    Args:
-        output: qparams of the result.
-    """
+class QMul(ToOutput):
+    """A product of two quantized tensors, of the same shape or broadcast; arguments as those of :class:`ToOutput`."""
 
     kernel_name = "quantized::mul"
-
-    def __init__(self, output: QParams) -> None:
-        super().__init__()
-        self.add_qparams("output", output)
 
     def pack(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The kernel with its constants bound."""

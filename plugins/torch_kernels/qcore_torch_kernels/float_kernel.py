@@ -42,7 +42,8 @@ class FloatKernel(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The operator's result on the inputs' integers."""
         count = len(self.order)
-        values: dict[int, Any] = {n: leave(x) for n, leave, x in zip(self.order, self.leave, inputs, strict=False)}
+        floats = zip(self.order, self.leave, inputs[:count], strict=True)
+        values: dict[int, Any] = {number: leave(x) for number, leave, x in floats}
         values.update(enumerate(inputs[count:], len(values)))
         args = fx.node.map_aggregate(self.places, lambda a: values[a.number] if isinstance(a, _Place) else a)
         result: Tensor = self.enter(operator_named(self.operator).function(*args))

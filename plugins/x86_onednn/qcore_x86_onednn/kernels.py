@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from qcore_torch_kernels import pair_limited, shells
+from qcore_torch_kernels import elementwise, pair_limited, shells
 from qcore_torch_kernels.engines import engine, has_engine
 from qcore_torch_kernels.kernel import KernelModule, WeightKernel, with_batch
 from qcore_torch_kernels.shells import DTYPE, as_plain, as_quantized, bounded, quantized_weight
@@ -103,19 +103,8 @@ def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return as_quantized(x, scale, zero_point).dequantize()
 
 
-class Quantize(KernelModule):
-    """Float to uint8.
-
-    Args:
-        output: the qparams.
-    """
-
-    kernel_name = "quantize"
-    takes_float = True
-
-    def __init__(self, output: QParams) -> None:
-        super().__init__()
-        self.add_qparams("output", output)
+class Quantize(elementwise.Quantize):
+    """Float to uint8; arguments as those of the library's."""
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """The function with its constants bound."""
